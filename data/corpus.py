@@ -1,0 +1,90 @@
+"""The corpus artifact: a list of clips of equal length with their captions, and the prompts to evaluate with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.audio import read_mono
+
+CLIPS = "clips.jsonl"
+PROMPTS = "prompts.jsonl"
+SKIPPED = "skipped.jsonl"
+TRAIN = "train"
+VALIDATION = "validation"
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """`seconds` of audio of one file, from `start` (seconds) on.
+
+    `path` is relative to the corpus folder, or absolute for a user's own file. `attributes` are what the music is known
+    to be (built-in corpus), or None.
+    """
+
+    id: str
+    path: str
+    start: float
+    seconds: float
+    captions: tuple[str, ...]
+    split: str
+    attributes: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to evaluate with, and the attributes music that follows it would have, where known."""
+
+    prompt: str
+    attributes: dict[str, str] | None = None
+
+
+def read_clips(corpus: Path, split: str | None = None) -> list[Clip]:
+    """The clips of a corpus folder in their stored order, all of them or those of one split."""
+    rows = read_jsonl(corpus / CLIPS)
+    return [
+        Clip(**{**row, "captions": tuple(row["captions"])}) for row in rows if split is None or row["split"] == split
+    ]
+
+
+def write_clips(folder: Path, clips: Iterable[Clip]) -> None:
+    """Writes the clip list of a corpus folder."""
+    write_jsonl(folder / CLIPS, (asdict(clip) for clip in clips))
+
+
+def load_clip(corpus: Path, clip: Clip, sample_rate: int) -> np.ndarray:
+    """The waveform of a clip: float32 `[round(seconds × sample_rate)]`, mono, in [-1, 1].
+
+    Raises data.audio.AudioError when the file no longer holds what it did when the corpus was made.
+    """
+    # Joining with an absolute path gives the absolute path.
+    return read_mono(corpus / clip.path, clip.start, clip.seconds, sample_rate)
+
+
+def read_prompts(corpus: Path) -> list[Prompt]:
+    """The evaluation prompts of a corpus folder."""
+    return [Prompt(**row) for row in read_jsonl(corpus / PROMPTS)]
+
+
+def write_prompts(folder: Path, prompts: Iterable[Prompt]) -> None:
+    """Writes the evaluation prompts of a corpus folder."""
+    write_jsonl(folder / PROMPTS, (asdict(prompt) for prompt in prompts))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file with one JSON object a line."""
+    # Not str.splitlines: captions may hold characters that it takes for line ends, such as U+2028.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,170 @@
+"""Artifacts: folders with a manifest, which exist whole or not at all.
+
+An artifact is written under a partial name, its files are digested and synced, its manifest is written last, and one
+atomic rename gives it its name. A reader that sees the name therefore sees all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder and what its manifest says of it."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the stage that made it wanted the next ones to know (shapes, rates, counts)."""
+        return self.manifest["info"]
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that change when any of `parts` (JSON values) changes; the order of mapping keys does not matter."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flushes one file or folder to the disk, so that a rename that follows cannot overtake its contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as JSON in one step: a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}{PARTIAL}-{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    sync(partial)
+    partial.replace(path)
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"bytes": …, "sha256": …}}` for every file below `folder` except its manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in files
+    }
+
+
+@contextlib.contextmanager
+def create(
+    path: Path, kind: str, fingerprint: str, inputs: dict[str, str] | None = None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Builds the artifact `path`: yields a partial folder to fill and the `info` mapping of its manifest.
+
+    On a clean exit the folder is digested, synced and renamed to `path`, replacing what stood there. On an error the
+    partial folder is removed and `path` stays as it was. `inputs` maps the artifacts it was made from to fingerprints.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    info: dict[str, Any] = {}
+    try:
+        yield partial, info
+        write_manifest(partial, kind, fingerprint, inputs, info)
+        replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_manifest(
+    folder: Path, kind: str, fingerprint: str, inputs: dict[str, str] | None = None, info: dict[str, Any] | None = None
+) -> None:
+    """Digests and syncs every file of `folder` and writes its manifest last."""
+    files = describe_files(folder)
+    for name in files:
+        sync(folder / name)
+    manifest = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "inputs": inputs or {},
+        "info": info or {},
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    sync(folder)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames `new` to `path`; what stood at `path` is moved away first and removed after."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read(path: Path, kind: str | None = None) -> Artifact:
+    """The artifact at `path`. Raises UserError where there is none, or of another kind or a newer format."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        version, found = manifest["format_version"], manifest["kind"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is not a finished Stretto artifact: it has no {MANIFEST}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{path / MANIFEST} is damaged: it does not read as a Stretto manifest.") from None
+    if version > FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this Stretto reads up to {FORMAT_VERSION}: upgrade it.")
+    if kind is not None and found != kind:
+        raise UserError(f"{path} holds {found!r}, not {kind!r}.")
+    return Artifact(path, manifest)
+
+
+def problems(artifact: Artifact) -> list[str]:
+    """What differs between the files on disk and the manifest, in words; an empty list when the artifact is whole."""
+    found = []
+    for name, expected in artifact.manifest["files"].items():
+        file = artifact.path / name
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            found.append(f"{file} has {file.stat().st_size} bytes, {expected['bytes']} expected")
+        elif file_digest(file) != expected["sha256"]:
+            found.append(f"{file} has changed: its digest is not the one in the manifest")
+    return found

@@ -1,0 +1,132 @@
+"""Typed configuration of everything in `model/`. Imports no torch, so that the command line stays quick."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Config(BaseModel):
+    """Base of every section of a recipe: unknown keys are errors and values do not change after checking."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CodecConfig(Config):
+    """Waveform ↔ acoustic tokens."""
+
+    kind: Literal["mel", "encodec"] = "mel"
+    weights: str | None = None
+    """Folder or hub id of pretrained weights; the built-in codec is fitted in the run and has none."""
+    sample_rate: PositiveInt = 16_000
+    frame_rate: PositiveInt = 25
+    """Code frames a second."""
+    quantizers: PositiveInt = 8
+    codebook_size: int = Field(256, ge=2, le=65_536)
+    mel_bands: PositiveInt = 100
+    fit_clips: PositiveInt = 400
+    """Training clips the built-in codec's codebooks are fitted on."""
+
+
+class SemanticEncoderConfig(Config):
+    """Waveform → features whose k-means codes are the semantic tokens."""
+
+    kind: Literal["mel_chroma", "mert"] = "mel_chroma"
+    weights: str | None = None
+    layer: int = 7
+    """Transformer layer whose output is used (MERT)."""
+    sample_rate: PositiveInt = 16_000
+    frame_rate: PositiveInt = 25
+
+
+class JointEmbedderConfig(Config):
+    """Audio and text → one space."""
+
+    kind: Literal["towers", "clap"] = "towers"
+    weights: str | None = None
+    sample_rate: PositiveInt = 16_000
+    window_seconds: PositiveFloat = 5.0
+    """Seconds of audio one embedding describes."""
+    hop_seconds: PositiveFloat = 5.0
+    """Seconds between two embeddings of one clip."""
+    dim: PositiveInt = 128
+    width: PositiveInt = 128
+    """Channels of the built-in audio tower and width of the text tower."""
+    vocabulary: PositiveInt = 512
+    steps: PositiveInt = 400
+    batch: PositiveInt = 128
+    learning_rate: PositiveFloat = 2e-3
+
+
+class EncodersConfig(Config):
+    codec: CodecConfig = CodecConfig()
+    semantic: SemanticEncoderConfig = SemanticEncoderConfig()
+    joint: JointEmbedderConfig = JointEmbedderConfig()
+
+
+class KMeansConfig(Config):
+    """One residual k-means."""
+
+    levels: PositiveInt = 1
+    codebook_size: int = Field(256, ge=2, le=65_536)
+    iterations: PositiveInt = 20
+    """Passes over the data for each level."""
+    fit_vectors: PositiveInt = 50_000
+    """At most this many vectors, sampled over the training clips, are used."""
+
+
+class QuantizersConfig(Config):
+    conditioning: KMeansConfig = KMeansConfig(levels=8, codebook_size=64)
+    semantic: KMeansConfig = KMeansConfig(levels=1, codebook_size=256)
+
+
+class ConditionConfig(Config):
+    """One field a stage conditions on, and the paths by which it enters."""
+
+    field: Literal["conditioning", "semantic", "acoustic"]
+    first: int = Field(0, ge=0)
+    """First quantizer used."""
+    last: int | None = None
+    """One past the last quantizer used; all when not given."""
+    paths: list[Literal["prefix", "aligned", "summed"]] = Field(["prefix"], min_length=1)
+    """prefix: earlier tokens of the stream; aligned: added to each step at the same moment; summed: the sum of the
+    codes' centroids through a small MLP, added to each step."""
+
+
+class TransformerConfig(Config):
+    """A Llama-shaped decoder (with `qk_norm`, Qwen3-shaped)."""
+
+    dim: PositiveInt = 256
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt | None = None
+    """Key/value heads for grouped-query attention; as many as heads when not given."""
+    ffn_dim: PositiveInt | None = None
+    """Width of the SwiGLU; 8/3 × dim rounded up to a multiple of 64 when not given."""
+    qk_norm: bool = True
+    rope_theta: PositiveFloat = 10_000.0
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformerConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class StageModelConfig(Config):
+    """What one stage conditions on, predicts, and with which transformer."""
+
+    field: Literal["semantic", "acoustic"]
+    """The field it predicts."""
+    first: int = Field(0, ge=0)
+    last: int | None = None
+    conditions: list[ConditionConfig] = []
+    window_seconds: PositiveFloat = 5.0
+    pattern: Literal["flat", "delay"] = "flat"
+    positions: Literal["time", "index"] = "time"
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability that a training window loses all its conditions (what classifier-free guidance needs)."""
+    transformer: TransformerConfig = TransformerConfig()

@@ -1,0 +1,161 @@
+"""Drawing codes from a stage transformer: a key/value cache, guidance in one batched pass, windows that slide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.fields import CONDITIONING, TokenField, common_period
+from model.stage import StageTransformer
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a code is drawn from logits."""
+
+    temperature: float = 1.0
+    """0 takes the most likely code."""
+    top_k: int | None = None
+    cfg: float = 1.0
+    """Guidance scale g: logits are u + g (c - u), of the unconditioned u and the conditioned c (Ho & Salimans 2022)."""
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Codes `[B]` from `logits [B, C]` by inverting the cumulative distribution at `uniform [B]`.
+
+        One number a code keeps a sample's draws apart from those of the samples it shares a batch with.
+        """
+        logits = logits.double()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("logits are not finite while sampling: the weights are damaged or diverged")
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            smallest = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, float("-inf"))
+        cumulative = F.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
+        return drawn.clamp_max(logits.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def generate_window(
+    stage: StageTransformer,
+    conditions: dict[str, Tensor],
+    frames: int,
+    sampler: Sampler,
+    uniform: Tensor,
+    known: Tensor | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Codes `[B, frames, Q]` of one window.
+
+    `conditions` maps fields to codes that start where the window starts; `uniform [B, frames, Q]` holds the random
+    numbers; the first frames may be `known [B, K, Q]` and are then kept.
+    """
+    batch = len(uniform)
+    pattern = stage.pattern(frames)
+    guided = sampler.cfg != 1.0 and len(stage.conditions) > 0
+    dropped = stage.keep_all(batch, uniform.device)
+    if guided:  # the unconditioned pass rides in the same batch
+        conditions = {name: codes.repeat(2, 1, 1) for name, codes in conditions.items()}
+        dropped = torch.cat([dropped, torch.ones_like(dropped)])
+    prefix, prefix_positions = stage.prefix(conditions, dropped)
+    added = stage.added(conditions, dropped, pattern)
+    positions = stage.positions(prefix_positions, pattern, uniform.device)
+
+    codes = torch.zeros(batch, frames, len(stage.quantizers), dtype=torch.long, device=uniform.device)
+    first_free = 0
+    if known is not None:
+        first_free = known.shape[1]
+        codes[:, :first_free] = known
+    # Steps before the first one that predicts a free code take in known codes only, so they run in one pass.
+    start = min(first_free * pattern.stride, pattern.steps - 1)
+    ready = stage.embed_codes(codes, pattern)[:, : start + 1]
+    step_in = torch.cat([prefix, (ready.repeat(2, 1, 1) if guided else ready) + added[:, : start + 1]], dim=1)
+    cache = stage.new_cache(len(dropped), len(positions))
+    for step in range(start, pattern.steps):
+        at = positions[cache.length : cache.length + step_in.shape[1]]
+        hidden = stage.transformer(step_in, at, cache)[:, -1]
+        embedded = stage.embedding.weight.new_zeros(batch, stage.embedding.embedding_dim)
+        for frame, quantizer in pattern.codes_at(step):
+            if frame >= first_free:
+                logits = F.linear(hidden, stage.heads[quantizer]).float()
+                if guided:
+                    conditioned, free = logits.chunk(2)
+                    logits = free + sampler.cfg * (conditioned - free)
+                codes[:, frame, quantizer] = sampler.draw(logits, uniform[:, frame, quantizer])
+            embedded = embedded + stage.embedding(codes[:, frame, quantizer] + stage.offsets[quantizer])
+        if step + 1 < pattern.steps:
+            step_in = (embedded.repeat(2, 1) if guided else embedded)[:, None] + added[:, step + 1 : step + 2]
+        on_step(step + 1, pattern.steps)
+    return codes
+
+
+def window_starts(total: Fraction, window: Fraction, overlap: Fraction, grid: Fraction) -> list[Fraction]:
+    """Where windows start, in seconds, so that they cover `total` and each overlaps the one before by `overlap` or more.
+
+    All lie on `grid`, where every field starts a frame, so that no field slips against another.
+    """
+    hop = max(grid, (window - overlap) // grid * grid)
+    starts = [Fraction(0)]
+    while starts[-1] + window < total:
+        starts.append(starts[-1] + hop)
+    return starts
+
+
+def generate_stage(
+    stage: StageTransformer,
+    conditions: dict[str, Tensor],
+    seconds: float,
+    sampler: Sampler,
+    seeds: list[int],
+    overlap: float = 0.5,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Codes `[B, frames, Q]` for `seconds`, window after window; `overlap` is a share of the window.
+
+    `conditions` hold whole-length codes, except the conditioning row `[B, 1, Q]`, which every window sees. The same
+    seed gives the same codes whatever else is in the batch.
+    """
+    target = stage.target
+    used: list[TokenField] = [target, *(c.field for c in stage.conditions if c.field.name != CONDITIONING)]
+    grid = common_period(used)
+    window = Fraction(stage.config.window_seconds).limit_denominator(1_000_000)
+    total = Fraction(target.frames(seconds)) / target.rate
+    starts = window_starts(total, window, window * Fraction(overlap).limit_denominator(100), grid)
+    device = stage.embedding.weight.device
+    uniform = draw_uniform(seeds, (target.frames(float(total)), len(stage.quantizers)), device)
+    codes = torch.zeros(uniform.shape, dtype=torch.long, device=device)
+    done = 0
+    for number, start in enumerate(starts):
+        first, end = int(start * target.rate), min(int((start + window) * target.rate), codes.shape[1])
+        cut = {
+            c.field.name: conditions[c.field.name]
+            if c.field.name == CONDITIONING
+            else window_of(conditions[c.field.name], c.field, start, window)
+            for c in stage.conditions
+        }
+        known = codes[:, first:done] if done > first else None
+        codes[:, first:end] = generate_window(
+            stage, cut, end - first, sampler, uniform[:, first:end], known,
+            lambda step, steps, number=number: on_step(number * steps + step, len(starts) * steps),
+        )  # fmt: skip
+        done = end
+    return codes
+
+
+def window_of(codes: Tensor, field: TokenField, start: Fraction, window: Fraction) -> Tensor:
+    """The frames of `codes [B, frames, Q]` that sound in `[start, start + window)`."""
+    first = start * field.rate
+    return codes[:, int(first) : int(first + window * field.rate)]
+
+
+def draw_uniform(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`[len(seeds), *shape]` numbers in [0, 1), each row from a generator of its own."""
+    rows = [torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows).to(device)
