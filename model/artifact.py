@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,17 @@ class Artifact:
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change when any of `parts` (JSON values) changes; the order of mapping keys does not matter."""
+    """16 hex digits that change when any of `parts` (JSON values) changes, whatever the order of mapping keys."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -80,9 +76,10 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """`{relative path: {"bytes": …, "sha256": …}}` for every file below `folder` except its manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"bytes": …, "sha256": …}}` for `names`, or every file below `folder` except its manifest."""
+    found = folder.rglob("*") if names is None else (folder / name for name in names)
+    files = sorted(path for path in found if path.is_file() and path != folder / MANIFEST)
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in files
@@ -111,10 +108,15 @@ def create(
 
 
 def write_manifest(
-    folder: Path, kind: str, fingerprint: str, inputs: dict[str, str] | None = None, info: dict[str, Any] | None = None
+    folder: Path,
+    kind: str,
+    fingerprint: str,
+    inputs: dict[str, str] | None = None,
+    info: dict[str, Any] | None = None,
+    names: Iterable[str] | None = None,
 ) -> None:
-    """Digests and syncs every file of `folder` and writes its manifest last."""
-    files = describe_files(folder)
+    """Digests and syncs the files of `folder`, all of them or those in `names`, and writes its manifest last."""
+    files = describe_files(folder, names)
     for name in files:
         sync(folder / name)
     manifest = {
@@ -156,8 +158,11 @@ def read(path: Path, kind: str | None = None) -> Artifact:
     return Artifact(path, manifest)
 
 
-def problems(artifact: Artifact) -> list[str]:
-    """What differs between the files on disk and the manifest, in words; an empty list when the artifact is whole."""
+def problems(artifact: Artifact, digests: bool = True) -> list[str]:
+    """What differs between the files on disk and the manifest, in words; an empty list when the artifact is whole.
+
+    Without `digests` only presence and size are compared, which reads no file.
+    """
     found = []
     for name, expected in artifact.manifest["files"].items():
         file = artifact.path / name
@@ -165,6 +170,6 @@ def problems(artifact: Artifact) -> list[str]:
             found.append(f"{file} is missing")
         elif file.stat().st_size != expected["bytes"]:
             found.append(f"{file} has {file.stat().st_size} bytes, {expected['bytes']} expected")
-        elif file_digest(file) != expected["sha256"]:
+        elif digests and file_digest(file) != expected["sha256"]:
             found.append(f"{file} has changed: its digest is not the one in the manifest")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 
 class Config(BaseModel):
@@ -130,3 +130,19 @@ class StageModelConfig(Config):
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Probability that a training window loses all its conditions (what classifier-free guidance needs)."""
     transformer: TransformerConfig = TransformerConfig()
+
+
+StageName = Literal["semantic", "coarse", "fine"]
+STAGES: tuple[StageName, ...] = ("semantic", "coarse", "fine")
+"""The order in which the stages make music."""
+
+
+class SamplingConfig(Config):
+    """How a bundle draws codes when nothing else is said; a stage that is not named has the plain value."""
+
+    temperature: dict[StageName, NonNegativeFloat] = {}
+    """1 when not given; 0 takes the most likely code."""
+    top_k: dict[StageName, PositiveInt] = {}
+    """All codes when not given."""
+    cfg: dict[StageName, NonNegativeFloat] = {}
+    """Guidance scale: 1, the plain value, is none."""

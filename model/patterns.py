@@ -1,9 +1,9 @@
 """How the codes of several quantizers are laid out over decoder steps.
 
-`flat` predicts one code a step, frame by frame (MusicLM, Agostinelli et al. 2023, section 3.1); `delay` predicts one code of
-every quantizer a step, quantizer q running q frames late (MusicGen, Copet et al. 2023, section 2.3). Both place the code of
-frame t and quantizer q at step `t * stride + q`, so a pattern is no more than its stride, and the steps of one
-quantizer are a strided slice.
+`flat` predicts one code a step, frame by frame (MusicLM, Agostinelli et al. 2023, section 3.1); `delay` predicts one
+code of every quantizer a step, quantizer q running q frames late (MusicGen, Copet et al. 2023, section 2.3). Both place
+the code of frame t and quantizer q at step `t * stride + q`, so a pattern is no more than its stride, and the steps of
+one quantizer are a strided slice.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def generate_window(
 
 
 def window_starts(total: Fraction, window: Fraction, overlap: Fraction, grid: Fraction) -> list[Fraction]:
-    """Where windows start, in seconds, so that they cover `total` and each overlaps the one before by `overlap` or more.
+    """Where windows start, in seconds, to cover `total`, each overlapping the one before by `overlap` or more.
 
     All lie on `grid`, where every field starts a frame, so that no field slips against another.
     """

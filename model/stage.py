@@ -1,6 +1,7 @@
 """One class for the semantic, coarse and fine transformers: token fields in, token codes out.
 
-Shapes are named by letters: B batch, T frames of the predicted field, Q its predicted quantizers, S decoder steps, P prefix steps, D model width.
+Shapes are named by letters: B batch, T frames of the predicted field, Q its predicted quantizers, S decoder steps,
+P prefix steps, D model width.
 """
 
 from __future__ import annotations
@@ -13,17 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ConditionConfig, StageModelConfig
+from model.counting import quantizers_used
 from model.fields import CONDITIONING, TokenField
 from model.patterns import Pattern
 from model.transformer import Cache, Transformer
 
 START_ID = 0
-
-
-def quantizers_used(part: StageModelConfig | ConditionConfig, fields: dict[str, TokenField]) -> range:
-    """The quantizers of its field that a stage predicts, or that one of its conditions brings in."""
-    last = fields[part.field].quantizers if part.last is None else part.last
-    return range(part.first, last)
 
 
 def code_offsets(config: StageModelConfig, fields: dict[str, TokenField]) -> dict[tuple[str, int], int]:
@@ -66,7 +62,8 @@ class Condition(nn.Module):
         self.offsets = [offsets.get((config.field, quantizer), 0) for quantizer in self.quantizers]
         if "summed" in config.paths:
             shape = (len(self.quantizers), self.field.codebook_size, centroid_dim)
-            self.register_buffer("centroids", torch.zeros(shape))
+            # Not in the state: it is the quantizer's, and is kept in one place.
+            self.register_buffer("centroids", torch.zeros(shape), persistent=False)
             self.sum_in = nn.Linear(centroid_dim, dim, bias=False)
             self.sum_out = nn.Linear(dim, dim, bias=False)
             self.sum_null = nn.Parameter(torch.zeros(dim))
@@ -167,7 +164,7 @@ class StageTransformer(nn.Module):
         return total.expand(len(dropped_BN), pattern.steps, -1)
 
     def embed_codes(self, codes_BTQ: Tensor, pattern: Pattern) -> Tensor:
-        """What the stream's own codes give each step: the start token, then the codes of the step before: `[B, S, D]`."""
+        """What the stream's own codes give each step, the start token and then the codes before it: `[B, S, D]`."""
         batch = len(codes_BTQ)
         steps = self.embedding.weight.new_zeros(batch, pattern.steps + 1, self.embedding.embedding_dim)
         steps[:, 0] = self.embedding.weight[START_ID]
@@ -221,3 +218,17 @@ class StageTransformer(nn.Module):
     def new_cache(self, batch: int, steps: int) -> Cache:
         weight = self.embedding.weight
         return Cache(self.config.transformer, batch, steps, weight.device, weight.dtype)
+
+
+def build_stage(
+    config: StageModelConfig, fields: dict[str, TokenField], quantizers: dict[str, Tensor]
+) -> StageTransformer:
+    """A stage with fresh weights whose summed conditions hold the centroids of `quantizers`.
+
+    `quantizers` maps a field to its centroids, `[levels, codebook size, dim]`.
+    """
+    model = StageTransformer(config, fields, {name: value.shape[-1] for name, value in quantizers.items()})
+    for condition in model.conditions:
+        if "summed" in condition.paths:
+            condition.load_centroids(quantizers[condition.field.name])
+    return model

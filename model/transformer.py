@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TransformerConfig
-
-
-def ffn_width(config: TransformerConfig) -> int:
-    """Width of the SwiGLU: as configured, or 8/3 of the model width rounded up to a multiple of 64 (Llama)."""
-    return config.ffn_dim or math.ceil(config.dim * 8 / 3 / 64) * 64
+from model.counting import ffn_width
 
 
 class Cache:

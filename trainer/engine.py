@@ -101,6 +101,10 @@ class Engine:
         return self._engine.module
 
     @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
 
@@ -148,13 +152,11 @@ class Engine:
         dist.barrier()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole fp32 value of every parameter and buffer, gathered one at a time. All ranks must iterate."""
+        """Name and whole fp32 value of every parameter, gathered one at a time. All ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             full = safe_get_full_fp32_param(parameter)
             # Without ZeRO and in fp32 the parameter itself is the master copy.
             yield name, (parameter if full is None else full).detach().float().cpu().clone()
-        for name, buffer in self.module.named_buffers():
-            yield name, buffer.detach().float().cpu().clone()
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """Writes every rank's share of weights and optimizer under `folder`. All ranks must call it."""

@@ -12,12 +12,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from model import artifact
+from model.config import STAGES
 from model.errors import UserError
-from model.fields import CONDITIONING, SEMANTIC, TokenField
-from model.stage import StageTransformer
+from model.fields import TokenField
+from model.stage import StageTransformer, build_stage
 from trainer.config import StageConfig
-
-STAGES = ("semantic", "coarse", "fine")
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,5 @@ class StageSetup:
     def build_model(self) -> StageTransformer:
         """The stage with fresh weights, the same on every rank, and the quantizers' centroids in place."""
         torch.manual_seed(self.seed)
-        return build_stage(self.config, self.fields, load_file(self.run / "quantizers" / "quantizers.safetensors"))
-
-
-def build_stage(
-    config: StageConfig, fields: dict[str, TokenField], quantizers: dict[str, torch.Tensor]
-) -> StageTransformer:
-    """A stage whose summed conditions hold the centroids of `quantizers` (`[levels, codebook size, dim]` a field)."""
-    centroids = {name: quantizers[name] for name in (CONDITIONING, SEMANTIC)}
-    model = StageTransformer(config.model, fields, {name: value.shape[-1] for name, value in centroids.items()})
-    for condition in model.conditions:
-        if "summed" in condition.paths:
-            condition.load_centroids(centroids[condition.field.name])
-    return model
+        quantizers = load_file(self.run / "quantizers" / "quantizers.safetensors")
+        return build_stage(self.config.model, self.fields, quantizers)

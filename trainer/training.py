@@ -1,0 +1,218 @@
+"""The training loop of one stage: from its first step, or from its newest checkpoint, to its last."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from data.windows import window_loader
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.progress import Progress
+from model import artifact
+from model.fields import CONDITIONING
+from trainer.checkpoint import Checkpointer
+from trainer.engine import Engine
+from trainer.metrics import MetricsWriter
+from trainer.setup import StageSetup
+
+log = logging.getLogger(__name__)
+
+KIND = "stage"
+WEIGHTS = "model.safetensors"
+Batch = dict[str, Tensor]
+
+
+class Interrupted(Exception):
+    """A rank was told to stop; the state is saved and the same command goes on from it."""
+
+
+class Training:
+    """One stage on all ranks. Rank 0 alone writes metrics; every rank takes part in every save."""
+
+    def __init__(self, setup: StageSetup, engine: Engine) -> None:
+        self.setup = setup
+        self.config = setup.config.train
+        self.engine = engine
+        self.loader = self._loader("train", self.config.text_probability if setup.captions else 0.0, shuffle=True)
+        self.validation = self._loader("validation", 0.0, shuffle=False)
+        # Whether captions would lead the stage as their audio does shows only in the stages that read the embedding.
+        reads_text = setup.captions and CONDITIONING in setup.fields_used
+        self.text_validation = self._loader("validation", 1.0, shuffle=False) if reads_text else None
+        self.checkpoints = Checkpointer(
+            setup.folder / "checkpoints", setup.fingerprint, keep=self.config.keep_checkpoints
+        )
+        self.step = 0
+        self.stopping = False
+        self._logged = time.monotonic(), 0
+
+    def _loader(self, split: str, text_probability: float, shuffle: bool) -> Any:
+        return window_loader(
+            self.setup.tokens,
+            split,
+            self.setup.fields_used,
+            self.setup.config.model.window_seconds,
+            batch=self.engine.micro_batch,
+            seed=self.setup.seed,
+            text_probability=text_probability,
+            workers=self.config.workers if shuffle else 0,
+            shuffle=shuffle,
+        )
+
+    def run(self) -> None:
+        """Trains to the last step and writes the weights. Raises Interrupted after saving when told to stop."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._stop)
+        self._resume()
+        metrics = None
+        if self.engine.rank == 0:
+            progress = Progress(self.setup.run / "progress" / f"{self.setup.stage}.json")
+            metrics = MetricsWriter(self.setup.folder, self.step, self.config.steps, progress)
+            metrics.show(self.step)
+        batches = self._batches()
+        if self.step == 0:
+            self._validate(metrics)
+        self._logged = time.monotonic(), self.step
+        while self.step < self.config.steps:
+            losses = self.engine.train_step([self._draw(batches, micro) for micro in range(self.engine.accumulation)])
+            self.step += 1
+            self._after_step(losses, metrics)
+        self._write_weights()
+        if metrics:
+            metrics.close()
+
+    def _after_step(self, losses: Tensor, metrics: MetricsWriter | None) -> None:
+        """Whatever is due at this step: a log line, a validation, a checkpoint, the end."""
+        last = self.step == self.config.steps
+        if self.step % self.config.log_every == 0 or last:
+            self._log(losses, metrics)
+        if self.step % self.config.validate_every == 0 or last:
+            self._validate(metrics)
+        stop = self.engine.any(self.stopping)
+        if self.step % self.config.checkpoint_every == 0 or last or stop:
+            self._save()
+        if stop and not last:
+            raise Interrupted(f"stopped at step {self.step} of {self.config.steps}")
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.stopping = True
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches without end: epoch after epoch, from where the loader was left."""
+        while True:
+            yield from self.loader
+
+    def _draw(self, batches: Iterator[Batch], micro: int) -> tuple[Batch, Tensor]:
+        """The next batch, and which of its windows lose their conditions.
+
+        The choice is a pure function of (seed, step, rank, micro batch): a resume needs no random state.
+        """
+        batch = next(batches)
+        windows = len(batch[self.setup.config.model.field])
+        seed = artifact.fingerprint(self.setup.seed, self.step, self.engine.rank, micro)
+        generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
+        dropped = torch.rand(windows, generator=generator) < self.setup.config.model.condition_dropout
+        return self._to_device(batch), dropped[:, None].expand(-1, len(self.setup.config.model.conditions)).to(
+            self.engine.device
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: codes.to(self.engine.device, non_blocking=True) for name, codes in batch.items()}
+
+    def _log(self, losses: Tensor, metrics: MetricsWriter | None) -> None:
+        loss = float(self.engine.mean(losses.mean()))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of stage {self.setup.stage!r} is {loss} at step {self.step}: "
+                f"lower stages.{self.setup.stage}.train.learning_rate; the last good checkpoint is kept."
+            )
+        if metrics is None:
+            return
+        now, (then, step_then) = time.monotonic(), self._logged
+        windows_per_second = (self.step - step_then) * self.config.global_batch / max(now - then, 1e-9)
+        self._logged = now, self.step
+        target = self.engine.module.target
+        tokens = target.frames(self.setup.config.model.window_seconds) * len(self.engine.module.quantizers)
+        metrics.write(
+            "train",
+            self.step,
+            loss=loss,
+            learning_rate=self.engine.learning_rate,
+            gradient_norm=self.engine.gradient_norm(),
+            windows_per_second=windows_per_second,
+            tokens_per_second=windows_per_second * tokens,
+        )
+        metrics.show(self.step, loss)
+
+    def _validate(self, metrics: MetricsWriter | None) -> None:
+        """Loss on the validation windows as they are, with each condition taken from another window, and from text."""
+        started = time.monotonic()
+        batches = [self._to_device(batch) for batch in self.validation]
+        quantizers = self._mean_loss(batches)
+        conditions = [part.field for part in self.setup.config.model.conditions]
+        shuffled = {
+            field: float(self._mean_loss([self._shuffle(batch, field) for batch in batches]).mean())
+            for field in dict.fromkeys(conditions)
+        }
+        figures: dict[str, Any] = {
+            "loss": float(quantizers.mean()),
+            "quantizers": quantizers.tolist(),
+            "shuffled": shuffled,
+        }
+        if self.text_validation is not None:
+            text = self._mean_loss([self._to_device(batch) for batch in self.text_validation])
+            figures["text"] = float(text.mean())
+        if metrics:
+            metrics.write("validation", self.step, **figures)
+        then, step_then = self._logged
+        self._logged = then + time.monotonic() - started, step_then  # validation does not count as training time
+
+    def _mean_loss(self, batches: list[Batch]) -> Tensor:
+        """Mean loss of each predicted quantizer over `batches` and ranks."""
+        return self.engine.mean(torch.stack([self.engine.evaluate(batch) for batch in batches]).mean(dim=0))
+
+    def _shuffle(self, batch: Batch, field: str) -> Batch:
+        """`batch` with the condition `field` of each window taken from its neighbour; what is predicted stays."""
+        model = self.setup.config.model
+        rolled = batch[field].roll(1, dims=0)
+        if field == model.field:  # a stage may condition on other quantizers of the field it predicts
+            target = self.engine.module.quantizers
+            rolled = rolled.clone()
+            rolled[..., target.start : target.stop] = batch[field][..., target.start : target.stop]
+        return {**batch, field: rolled}
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load_newest(self.engine)
+        if found is None:
+            return
+        self.step, state = found
+        self.loader.load_state_dict(state["loader"])
+        if self.engine.rank == 0:
+            log.info("resumed at step %d of %d", self.step, self.config.steps)
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        self.checkpoints.save(self.engine, self.step, {"loader": self.loader.state_dict()})
+        then, step_then = self._logged
+        self._logged = then + time.monotonic() - started, step_then
+
+    def _write_weights(self) -> None:
+        """The finished stage: its fp32 weights and a manifest, which makes the folder an artifact."""
+        weights = {name: value for name, value in self.engine.full_weights() if self.engine.rank == 0}
+        if self.engine.rank == 0:
+            partial = self.setup.folder / f".{WEIGHTS}{artifact.PARTIAL}"
+            save_file(weights, partial)
+            partial.replace(self.setup.folder / WEIGHTS)
+            info = {
+                "steps": self.step,
+                "parameters": sum(value.numel() for value in weights.values()),
+                "model": self.setup.config.model.model_dump(mode="json"),
+            }
+            artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, info=info, names=[WEIGHTS])
+        self.engine.barrier()
