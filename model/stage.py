@@ -121,7 +121,7 @@ class StageTransformer(nn.Module):
         self.quantizers = quantizers_used(config, fields)
         dim = config.transformer.dim
         offsets = code_offsets(config, fields)
-        null_ids = max(offsets.values()) + max(field.codebook_size for field in fields.values())
+        null_ids = max(offset + fields[name].codebook_size for (name, _), offset in offsets.items())
         self.embedding = nn.Embedding(null_ids + len(config.conditions), dim)
         self.conditions = nn.ModuleList(
             Condition(part, fields, offsets, null_ids + index, dim, (centroid_dims or {}).get(part.field, 0))
