@@ -105,7 +105,8 @@ def embedding_rows(config: StageModelConfig, fields: Mapping[str, TokenField]) -
     """Rows of the token table: one for each (field, quantizer, code) that enters as a token, one null row for each
     condition, and the start row."""
     entering = [condition for condition in config.conditions if {"prefix", "aligned"} & set(condition.paths)]
-    used = {(part.field, quantizer) for part in [config, *entering] for quantizer in quantizers_used(part, fields)}
+    parts: list[StageModelConfig | ConditionConfig] = [config, *entering]
+    used = {(part.field, quantizer) for part in parts for quantizer in quantizers_used(part, fields)}
     return 1 + sum(fields[name].codebook_size for name, _ in used) + len(config.conditions)
 
 

@@ -89,7 +89,7 @@ class Condition(nn.Module):
     def summed(self, codes: Tensor, dropped_B: Tensor) -> Tensor:
         """The sum of the codes' centroids through a small MLP: `[B, frames, D]`."""
         levels = torch.arange(len(self.quantizers), device=codes.device)
-        total = self.centroids[levels, self.select(codes)].sum(dim=2)
+        total = self.centroids[levels, self.select(codes)].sum(dim=2).to(self.sum_in.weight.dtype)
         return torch.where(dropped_B[:, None, None], self.sum_null, self.sum_out(F.silu(self.sum_in(total))))
 
     def positions(self, frames: int, target: TokenField) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,10 @@ def run_command(arguments: list[str], timeout: float = 120, **settings) -> subpr
             out, error = process.communicate()
             raise AssertionError(f"{arguments} hung for {timeout} s\n{out}\n{error}") from None
     return subprocess.CompletedProcess(arguments, process.returncode, out, error)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -31,6 +31,8 @@ def start_process_group() -> None:
     """Joins the ranks the launcher started, over NCCL where there are GPUs and gloo elsewhere."""
     # The deepspeed launcher sets LOCAL_SIZE; mosaicml-streaming reads LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    # DeepSpeed would compile a shared-memory all-reduce first, a minute on a small machine, which inference alone calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -23,7 +23,7 @@ FLOOR = 1e-5
 # Rhythm: onset strength in this many groups of bands, compared with itself at lags up to LONGEST_LAG seconds.
 ONSET_GROUPS = 4
 LONGEST_LAG = 2.0
-TEXT_LAYERS = 2
+TEXT_LAYERS = 1
 LONGEST_TEXT = 128
 """Tokens of a text beyond these are cut off."""
 PADDING = "[PAD]"
@@ -59,7 +59,8 @@ class TwoTowers(nn.Module):
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids int64 `[len(texts), longest]`; shorter texts end in padding, whose id is 0."""
-        return torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(texts)])
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        return torch.tensor(ids, device=self.scale.device)
 
     @torch.no_grad()
     def embed_audio(self, wave: Tensor) -> Tensor:

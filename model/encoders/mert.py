@@ -1,0 +1,83 @@
+"""MERT (Li et al. 2023) up to one of its layers, as transformers' HuBERT: the layout is the same."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import SemanticEncoderConfig
+from model.encoders.pretrained import PREPROCESSOR, load_pretrained, read_json, weights_folder, weights_key
+from model.errors import UserError
+
+# What MERT's own code does beyond HuBERT, by the keys of its configuration: such weights need that code.
+BEYOND_HUBERT = ("feature_extractor_cqt", "deepnorm")
+
+
+class MertEncoder:
+    """The output of layer `config.layer`, one vector a frame of about 400 samples every 320.
+
+    A frame's samples are centred on its interval: the wave gets half of what a frame reaches beyond it on either side.
+    """
+
+    def __init__(self, config: SemanticEncoderConfig) -> None:
+        """Raises UserError where there are no weights, or where they are not what `config` says."""
+        from transformers import HubertConfig, HubertModel
+
+        folder = weights_folder("mert", config.weights)
+        found = HubertConfig.from_pretrained(folder, local_files_only=True)
+        preprocessor = read_json("mert", folder, PREPROCESSOR)
+        self.hop = prod(found.conv_stride)
+        _check(found, config, preprocessor["sampling_rate"], self.hop)
+        # Later layers are neither loaded nor run: the output of `layer` does not depend on them.
+        found.num_hidden_layers = config.layer
+        self.model = load_pretrained(HubertModel, "mert", folder, found)
+        if found.do_stable_layer_norm:
+            self.model.encoder.layer_norm = nn.Identity()  # it belongs after the last layer of all
+        self.normalise = preprocessor["do_normalize"]
+        self.margin = _receptive_field(found.conv_kernel, found.conv_stride) - self.hop
+        self.sample_rate = config.sample_rate
+        self.rate_hz = config.sample_rate / self.hop
+        self.dim = found.hidden_size
+
+    @torch.no_grad()
+    def features(self, wave: Tensor) -> Tensor:
+        """Float32 `[batch, samples // hop, dim]` of `wave` `[batch, samples]`."""
+        frames = wave.shape[-1] // self.hop
+        if not frames:
+            return torch.zeros(len(wave), 0, self.dim)
+        wave = wave[:, : frames * self.hop].to(self.model.device)
+        if self.normalise:
+            variance, mean = torch.var_mean(wave, 1, correction=0, keepdim=True)
+            wave = (wave - mean) / (variance + 1e-7).sqrt()
+        wave = F.pad(wave, (self.margin // 2, self.margin - self.margin // 2))
+        return self.model(wave).last_hidden_state.cpu()
+
+
+def _check(found, config: SemanticEncoderConfig, sample_rate: int, hop: int) -> None:
+    """Raises UserError where the recipe and the weights do not fit."""
+    beyond = [key for key in BEYOND_HUBERT if getattr(found, key, False)]
+    if beyond:
+        raise UserError(
+            f"{weights_key('mert')}: these weights have {' and '.join(beyond)} on, which needs code of their own that "
+            "Stretto does not run. MERT-v0 and MERT-v1-95M work."
+        )
+    if config.sample_rate != sample_rate:
+        raise UserError(f"encoders.semantic.sample_rate is {config.sample_rate}, but these weights want {sample_rate}.")
+    if config.frame_rate * hop != sample_rate:
+        raise UserError(
+            f"encoders.semantic.frame_rate is {config.frame_rate}, but these weights give {sample_rate / hop:g} a second."
+        )
+    if not 1 <= config.layer <= found.num_hidden_layers:
+        raise UserError(f"encoders.semantic.layer is {config.layer}: there are layers 1 to {found.num_hidden_layers}.")
+
+
+def _receptive_field(kernels: list[int], strides: list[int]) -> int:
+    """Samples that one output of a stack of convolutions sees."""
+    field, step = 1, 1
+    for kernel, stride in zip(kernels, strides, strict=True):
+        field += (kernel - 1) * step
+        step *= stride
+    return field

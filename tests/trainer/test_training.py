@@ -1,0 +1,176 @@
+"""One stage, trained by the real launcher on two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import FIELDS, ROOT, coarse_config, free_port, quantizers
+from safetensors.torch import load_file, save_file
+
+from data.shards import write_records
+from model import artifact
+from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
+from model.stage import build_stage
+from trainer.config import StageConfig, TrainConfig
+from trainer.metrics_reader import read_metrics
+
+SECONDS = 4.0
+STEPS = 60
+TIMEOUT = 180
+
+
+def record(index: int) -> dict:
+    """A clip whose acoustic codes follow from its semantic codes, and those from its conditioning."""
+    random = np.random.default_rng(index)
+    conditioning = random.integers(4, size=(1, 4))
+    semantic = (np.arange(int(SECONDS * 10)) + conditioning[0, 0]) % 8
+    acoustic = np.repeat(semantic, 2)[:, None] + np.arange(4)
+    return {
+        "id": f"clip-{index}",
+        "captions": '["a tune"]',
+        "conditioning": conditioning.astype(np.uint16),
+        "semantic": semantic[:, None].astype(np.uint16),
+        "acoustic": acoustic.astype(np.uint16),
+        "text_conditioning": conditioning.astype(np.uint16),
+    }
+
+
+def make_run(folder):
+    """A run folder that is ready to train its coarse stage."""
+    train = TrainConfig(
+        steps=STEPS,
+        global_batch=8,
+        learning_rate=1e-2,
+        warmup_steps=4,
+        log_every=6,
+        validate_every=30,
+        checkpoint_every=16,
+    )
+    config = StageConfig(model=coarse_config(pattern="delay"), train=train)
+    recipe = {"name": "test", "seed": 1, "stages": {"coarse": config.model_dump(mode="json")}}
+    (folder / "coarse").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "coarse" / "stage.json").write_text('{"fingerprint": "0123456789abcdef"}')
+    with artifact.create(folder / "quantizers", "quantizers", "q") as (path, _):
+        save_file(quantizers(), path / "quantizers.safetensors")
+    with artifact.create(folder / "tokens", "tokens", "t") as (path, info):
+        for split, first, count in (("train", 0, 50), ("validation", 100, 10)):
+            write_records(path / split, (record(index) for index in range(first, first + count)))
+        info |= {
+            "fields": {name: field.to_json() for name, field in FIELDS.items()},
+            "clip_seconds": SECONDS,
+            "hop_seconds": 5.0,
+            "embedding_seconds": 5.0,
+            "captions": True,
+        }
+    return folder
+
+
+def start(run):
+    command = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    log = (run / "log.txt").open("a")
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, "--module", "trainer", "--run", str(run), "--stage", "coarse"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def finish(run, process):
+    try:
+        code = process.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"training hung\n{(run / 'log.txt').read_text()}") from None
+    return code
+
+
+def train(run):
+    assert finish(run, start(run)) == 0, (run / "log.txt").read_text()
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(make_run(tmp_path_factory.mktemp("run")))
+
+
+def test_a_stage_learns_and_records_how(trained):
+    rows = read_metrics(trained / "coarse" / "metrics.jsonl")
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(6, STEPS + 1, 6))
+    assert {"loss", "learning_rate", "gradient_norm", "windows_per_second", "tokens_per_second"} <= rows[1].keys()
+    first, *_, last = [row for row in rows if row["kind"] == "validation"]
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(math.log(256), rel=0.05)
+    assert last["loss"] < 0.7 * first["loss"]
+    assert len(last["quantizers"]) == 2
+    assert list((trained / "coarse" / "tensorboard").iterdir())
+    assert (trained / "coarse" / "logs" / "rank-0001.log").exists()
+
+
+def test_a_stage_shows_what_it_ignores(trained):
+    """The acoustic codes follow from the semantic ones alone: taken from another window they mislead."""
+    last = [row for row in read_metrics(trained / "coarse" / "metrics.jsonl") if row["kind"] == "validation"][-1]
+    assert last["shuffled"][SEMANTIC] > last["loss"] * 1.1
+    assert last["shuffled"][CONDITIONING] == pytest.approx(last["loss"], rel=0.05)
+    assert last["text"] == pytest.approx(last["loss"], rel=0.05)
+
+
+def test_the_learning_rate_warms_up_and_decays(trained):
+    rates = [
+        row["learning_rate"] for row in read_metrics(trained / "coarse" / "metrics.jsonl") if row["kind"] == "train"
+    ]
+    assert max(rates) == rates[0]
+    assert rates[-1] < 0.1 * rates[0]
+
+
+def test_the_weights_are_whole_and_load_without_deepspeed(trained):
+    found = artifact.read(trained / "coarse", "stage")
+    assert artifact.problems(found) == []
+    assert found.info["steps"] == STEPS
+    stage = build_stage(coarse_config(pattern="delay"), FIELDS, quantizers())
+    stage.load_state_dict(load_file(found.path / "model.safetensors"))
+    batch = {name: torch.from_numpy(record(3)[name].astype(np.int64))[None] for name in FIELDS}
+    batch |= {SEMANTIC: batch[SEMANTIC][:, :20], ACOUSTIC: batch[ACOUSTIC][:, :40]}
+    last = [row for row in read_metrics(trained / "coarse" / "metrics.jsonl") if row["kind"] == "validation"][-1]
+    assert stage(batch).mean().item() == pytest.approx(last["loss"], rel=0.3)
+    assert all(value.dtype == torch.float32 for value in stage.state_dict().values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_stage_goes_on_to_the_same_weights(trained, tmp_path, number):
+    """Killed or told to stop in the middle, the same command ends with the weights of a run that was left alone."""
+    run = make_run(tmp_path / "run")
+    process = start(run)
+    metrics = run / "coarse" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    while not any(row["step"] >= 24 for row in read_metrics(metrics)):
+        assert process.poll() is None, (run / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert finish(run, process) != 0
+    assert not (run / "coarse" / artifact.MANIFEST).exists()
+    train(run)
+    assert "resumed at step" in (run / "coarse" / "logs" / "rank-0000.log").read_text()
+    digest = artifact.file_digest
+    assert digest(run / "coarse" / "model.safetensors") == digest(trained / "coarse" / "model.safetensors")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(6, STEPS + 1, 6))
