@@ -100,7 +100,7 @@ def _spread(values: Sequence[str], number: int, random: np.random.Generator) -> 
 
 
 def _clips(config: DataConfig, held_out: list[dict[str, str]], seed: int) -> list[Clip]:
-    """The clips to render: first the held-out ones, then validation, then training, each going round its combinations."""
+    """The clips to render: held-out ones, then validation, then training, each going round its combinations."""
     rest = [combination for combination in combinations() if combination not in held_out]
     rest = [rest[index] for index in _random(seed, "order").permutation(len(rest))]
     held_out_clips = max(round(0.06 * config.clips), min(32, config.clips // 8))

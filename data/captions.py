@@ -41,7 +41,9 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "drums": {
         "drums": ("with drums", "over a drum beat", "with a drum kit", "backed by drums", "with drums and percussion"),
-        "no drums": ("without drums", "with no drums", "without any percussion", "with no percussion", "with no drum beat"),
+        "no drums": (
+            "without drums", "with no drums", "without any percussion", "with no percussion", "with no drum beat",
+        ),
     },
     "mood": {
         "major": ("major", "happy", "bright, major", "cheerful", "happy, major-key"),

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from data.audio import read_mono
+from data.audio import AudioError, read_mono
+from model.errors import UserError
 
 CLIPS = "clips.jsonl"
 PROMPTS = "prompts.jsonl"
@@ -61,10 +62,15 @@ def write_clips(folder: Path, clips: Iterable[Clip]) -> None:
 def load_clip(corpus: Path, clip: Clip, sample_rate: int) -> np.ndarray:
     """The waveform of a clip: float32 `[round(seconds × sample_rate)]`, mono, in [-1, 1].
 
-    Raises data.audio.AudioError when the file no longer holds what it did when the corpus was made.
+    Raises UserError when the file no longer holds what it did when the corpus was made.
     """
-    # Joining with an absolute path gives the absolute path.
-    return read_mono(corpus / clip.path, clip.start, clip.seconds, sample_rate)
+    path = corpus / clip.path  # joined with an absolute path, that path
+    try:
+        return read_mono(path, clip.start, clip.seconds, sample_rate)
+    except AudioError as error:
+        raise UserError(
+            f"{path} has changed since the corpus was made ({error}). The same command again looks at the audio anew."
+        ) from None
 
 
 def read_prompts(corpus: Path) -> list[Prompt]:
@@ -80,11 +86,12 @@ def write_prompts(folder: Path, prompts: Iterable[Prompt]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a file with one JSON object a line."""
     # Not str.splitlines: captions may hold characters that it takes for line ends, such as U+2028.
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return [json.loads(line) for line in file if line.strip()]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object a line."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    # File names need not be text; the escape keeps their bytes.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

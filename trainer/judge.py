@@ -163,7 +163,10 @@ def _triangles(frequencies: np.ndarray, bands: int) -> np.ndarray:
 
 
 def _comb(bins: int, bin_hz: float) -> np.ndarray:
-    """Weights `[bins, pitches]` at the harmonics of each candidate fundamental, of equal sum of squares' root."""
+    """Weights `[bins, pitches]` at the harmonics of each candidate fundamental.
+
+    Divided by the root of their sum, so that one whose upper harmonics lie beyond the spectrum is not put at a loss.
+    """
     comb = np.zeros((bins, len(PITCHES)), dtype=np.float32)
     for harmonic in range(1, COMB_HARMONICS + 1):
         place = PITCHES * harmonic / bin_hz

@@ -1,4 +1,4 @@
-"""Captions: every template says what it claims, phrasings do not contradict each other, evaluation phrasings are new."""
+"""Captions: templates say what they claim, phrasings do not contradict each other, evaluation phrasings are new."""
 
 from __future__ import annotations
 

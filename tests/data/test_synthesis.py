@@ -94,8 +94,8 @@ def test_instruments_differ_in_brightness_decay_and_harmonics() -> None:
                        for a, b in ((5, 15), (30, 42)))  # fmt: skip
         return float(10 * np.log10(late / early))
 
-    assert brightness("brass") > brightness("flute") + 15
-    assert brightness("brass") > brightness("bass") + 9
+    assert brightness("brass") > brightness("flute") + 10
+    assert brightness("brass") > brightness("bass") + 6
     assert sustain("plucked string") < sustain("bell") - 3
     assert sustain("plucked string") < sustain("flute") - 6
     # A bell's third partial is no harmonic: between the second and the fourth harmonic it is alone.

@@ -1,0 +1,53 @@
+"""What every process that a run starts does at its start and says at its end. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+from model.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent ends, however that ends. Does nothing where not on Linux."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what the user can put right into one plain "error: …" on stderr and exit code 2; all else is raised."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        message = disk_full(error)
+        if message is None:
+            raise
+        fail(message)
+
+
+def fail(message: str) -> None:
+    """Ends the process with exit code 2; its further lines are indented, so that a log shows where they end."""
+    print("error: " + message.replace("\n", "\n       "), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def disk_full(error: OSError) -> str | None:
+    """What to say of an `error` that means that a disk or a quota is full; None for any other."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    where = f"the disk of {error.filename}" if error.filename else "a disk"
+    return f"{where} is full: make room, then run the same command again. What is finished is kept."

@@ -1,0 +1,185 @@
+"""The one seam to mosaicml-streaming: writing token shards (MDS) and reading them, each rank its own part.
+
+streaming is imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from streaming import MDSWriter, StreamingDataset
+from streaming.base import dataset as streaming_dataset
+from streaming.base.shared import prefix as streaming_prefix
+
+INDEX = "index.json"
+COLUMNS = {
+    "id": "str",
+    "captions": "str",
+    "conditioning": "ndarray:uint16",
+    "semantic": "ndarray:uint16",
+    "acoustic": "ndarray:uint16",
+    "text_conditioning": "ndarray:uint16",
+}
+SHARED_MEMORY = Path("/dev/shm")
+NO_CAPTIONS = "[]"
+JOB_NAME = "stretto-"
+LOCK = ".lock"
+
+
+def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Writes `records`, each with the keys of COLUMNS, as the shards of the new `folder` and returns their number."""
+    count = 0
+    with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
+        for record in records:
+            text = record["text_conditioning"]
+            # MDS has no empty arrays: where there are no captions, one row of zeros stands for none.
+            writer.write(
+                record if len(text) else {**record, "text_conditioning": np.zeros((1, text.shape[1]), text.dtype)}
+            )
+            count += 1
+    return count
+
+
+def count_records(folder: Path) -> int:
+    """How many records the shards of `folder` hold."""
+    return sum(shard["samples"] for shard in json.loads((folder / INDEX).read_text())["shards"])
+
+
+class Shards(StreamingDataset):
+    """The records of local shards, each passed through `cut(record, epoch)`, in an order drawn by `seed` and the epoch.
+
+    Each rank, and on it each loader worker, iterates over a part of its own; all ranks must start an epoch together.
+    An epoch has `records` records over all ranks: with fewer than there are, some others are left out each time; with
+    more, some come twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cut: Callable[[dict[str, Any], int], Any],
+        *,
+        records: int,
+        batch: int,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        _claim_names()
+        super().__init__(
+            local=str(folder.absolute()),
+            batch_size=batch,
+            epoch_size=records,
+            shuffle=shuffle,
+            shuffle_algo="py1e",
+            shuffle_seed=seed,
+            sampling_method="balanced" if shuffle else "fixed",
+            # Its threads look this far ahead for shards to fetch. All are here, so let them look to the end and go:
+            # a thread that waits for an epoch nobody finishes would keep the process from ending.
+            predownload=max(records, batch),
+        )
+        self.cut = cut
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Nothing: the shards are local and stay. (The library would take a file lock for every record.)"""
+
+    def __getitem__(self, at: Any) -> Any:
+        record = super().__getitem__(at)
+        if record["captions"] == NO_CAPTIONS:
+            record["text_conditioning"] = record["text_conditioning"][:0]
+        # next_epoch lies in memory that loader workers share; it is raised as an epoch starts.
+        return self.cut(record, self.next_epoch - 1)
+
+    def resume(self, epoch: int, records: int, nodes: int) -> None:
+        """Lets the next iteration go on in `epoch`, after `records` records over all ranks, in the order of a job that
+        started on `nodes` nodes. Every rank must call it.
+        """
+        self.next_epoch = epoch  # or else an earlier epoch than the present one would count as stale
+        self.load_state_dict(
+            {
+                "epoch": epoch,
+                "sample_in_epoch": records,
+                "num_canonical_nodes": nodes,
+                "shuffle_seed": self.shuffle_seed,
+                "initial_physical_nodes": nodes,
+            }
+        )
+
+
+def world() -> tuple[int, int]:
+    """Ranks and nodes of this job, by the environment that streaming reads.
+
+    Raises RuntimeError where its launcher left that incomplete: every rank would take itself for the first of its node.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and ("LOCAL_WORLD_SIZE" not in os.environ or not dist.is_initialized()):
+        raise RuntimeError("Set LOCAL_WORLD_SIZE and initialise the process group before shards are opened.")
+    return ranks, max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+_job: str | None = None
+
+
+def _claim_names() -> None:
+    """Gives the shared memory and lock files of this job names that no other job has.
+
+    streaming counts names up from 000000 for the whole machine, so jobs that start, or end, at the same moment trip
+    over each other, and what a killed job leaves stays. Here the names begin with the job's own, and every process of a
+    job holds a lock that the system lets go when it dies, however it dies: leftovers are the names whose lock is free.
+    """
+    global _job
+    if _job is not None:
+        return
+    ranks, _ = world()
+    names = [f"{JOB_NAME}{os.getpid()}-{secrets.token_hex(4)}"]
+    if ranks > 1:
+        dist.broadcast_object_list(names)
+    _job = job = names[0]
+
+    def path(prefix_int: int, name: str) -> str:
+        return f"{job}-{prefix_int:06}_{name}"
+
+    streaming_prefix._get_path = streaming_dataset._get_path = path
+    if SHARED_MEMORY.is_dir():
+        remove_leftovers()
+        lock = (SHARED_MEMORY / f"{job}{LOCK}").open("w")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+        def leave() -> None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # not left to the end of the process: a loader worker may hold it open
+            lock.close()
+            remove_leftovers()  # of this job too, if this was its last process
+
+        atexit.register(leave)
+
+
+def remove_leftovers() -> None:
+    """Removes the shared memory and lock files of jobs of ours that are dead. Another user's are not ours to remove."""
+    for lock in SHARED_MEMORY.glob(f"{JOB_NAME}*{LOCK}"):
+        with contextlib.suppress(FileNotFoundError, PermissionError), _free(lock) as free:
+            if free:
+                for folder in (Path(tempfile.gettempdir()), SHARED_MEMORY):
+                    for path in folder.glob(f"{lock.name.removesuffix(LOCK)}-*"):
+                        path.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _free(lock: Path) -> Iterator[bool]:
+    """Whether nobody holds `lock`; if so it is held meanwhile."""
+    with lock.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,155 @@
+"""Audio and captions → token shards: every frozen encoder runs once over each clip, and the stages never see audio."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.corpus import TRAIN, VALIDATION, Clip, load_clip, read_clips
+from data.progress import Progress
+from data.shards import write_records
+from model.config import EncodersConfig, JointEmbedderConfig
+from model.encoders import load_codec, load_joint_embedder, load_semantic_encoder
+from model.encoders.base import JointEmbedder
+from model.fields import CONDITIONING, SEMANTIC, TokenField
+from model.kmeans import ResidualKMeans
+
+BATCH_SECONDS = 160.0
+"""Audio encoded at a time."""
+READERS = 2
+BATCHES_AHEAD = 2
+
+Waves = dict[int, Tensor]
+"""Waves `[clips, samples]` by sample rate."""
+
+
+def tokenise(
+    corpus: Path,
+    codec: Path,
+    embedding: Path,
+    quantizers: Path,
+    encoders: EncodersConfig,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes the training and validation clips of `corpus` as token shards `folder`/{train,validation}.
+
+    `codec`, `embedding` and `quantizers` are the artifacts with the fitted parts. Returns what the manifest says: the
+    token fields, clip length, length and hop of the embedding windows, records of each split. Clips of other splits are
+    not written: they are for evaluation. Raises UserError when an audio file has changed since the corpus was made.
+    """
+    tokeniser = Tokeniser(codec, embedding, quantizers, encoders)
+    clips = {split: read_clips(corpus, split) for split in (TRAIN, VALIDATION)}
+    total = sum(map(len, clips.values()))
+    done = 0
+
+    def records(split: str) -> Iterator[dict[str, Any]]:
+        nonlocal done
+        for batch, waves in _loaded(corpus, clips[split], tokeniser.sample_rates):
+            yield from tokeniser.records(batch, waves)
+            done += len(batch)
+            progress.update(done, total, "tokenising")
+
+    counts = {split: write_records(folder / split, records(split)) for split in clips}
+    return {
+        "fields": {field.name: field.to_json() for field in tokeniser.fields},
+        "clip_seconds": clips[TRAIN][0].seconds,
+        "hop_seconds": encoders.joint.hop_seconds,
+        "embedding_seconds": encoders.joint.window_seconds,
+        "records": counts,
+        "captions": any(clip.captions for clip in clips[TRAIN]),
+    }
+
+
+class Tokeniser:
+    """The frozen encoders and their quantizers."""
+
+    def __init__(self, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig) -> None:
+        self.codec = load_codec(codec, encoders.codec)
+        self.semantic = load_semantic_encoder(encoders.semantic)
+        self.joint = load_joint_embedder(embedding, encoders.joint)
+        self.config = encoders.joint
+        self.conditioning_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", CONDITIONING)
+        self.semantic_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", SEMANTIC)
+        self.sample_rates = {self.codec.sample_rate, self.semantic.sample_rate, self.joint.sample_rate}
+
+    @property
+    def fields(self) -> list[TokenField]:
+        conditioning, semantic = self.conditioning_codes, self.semantic_codes
+        return [
+            self.codec.field,
+            TokenField(SEMANTIC, self.semantic.rate_hz, semantic.levels, semantic.codebook_size),
+            TokenField(
+                CONDITIONING, 1 / self.config.hop_seconds, conditioning.levels, conditioning.codebook_size
+            ),
+        ]  # fmt: skip
+
+    @torch.inference_mode()
+    def records(self, clips: list[Clip], waves: Waves) -> Iterator[dict[str, Any]]:
+        """One record for each clip of a batch of equal length."""
+        acoustic = self.codec.encode(waves[self.codec.sample_rate])
+        semantic = self.semantic_codes.encode(self.semantic.features(waves[self.semantic.sample_rate]).cpu())
+        embeddings = embed_windows(self.joint, waves[self.joint.sample_rate], self.config)
+        conditioning = self.conditioning_codes.encode(embeddings.cpu())
+        for codes, field in ((acoustic, self.codec.field), (semantic, self.fields[1])):
+            if codes.shape[1] != field.frames(clips[0].seconds):
+                raise ValueError(f"the {field.name} encoder gave {codes.shape[1]} frames for {clips[0].seconds} s")
+        text = self._text(clips)
+        for index, clip in enumerate(clips):
+            yield {
+                "id": clip.id,
+                "captions": json.dumps(clip.captions),
+                "conditioning": _stored(conditioning[index]),
+                "semantic": _stored(semantic[index]),
+                "acoustic": _stored(acoustic[index]),
+                "text_conditioning": _stored(text[index]),
+            }
+
+    def _text(self, clips: list[Clip]) -> list[Tensor]:
+        """Codes `[captions, quantizers]` of each clip's captions."""
+        captions = [caption for clip in clips for caption in clip.captions]
+        levels = self.conditioning_codes.levels
+        if not captions:
+            return [torch.zeros(0, levels, dtype=torch.long)] * len(clips)
+        codes = self.conditioning_codes.encode(self.joint.embed_text(captions).cpu())
+        return list(codes.split([len(clip.captions) for clip in clips]))
+
+
+def embed_windows(embedder: JointEmbedder, waves: Tensor, config: JointEmbedderConfig) -> Tensor:
+    """Embeddings `[clips, windows, dim]` of `waves` `[clips, samples]`: one every `hop_seconds`, each of the
+    `window_seconds` from there on, as many as fit; of a shorter clip the one of all of it.
+    """
+    window = min(round(config.window_seconds * embedder.sample_rate), waves.shape[1])
+    hop = round(config.hop_seconds * embedder.sample_rate)
+    cut = waves.unfold(1, window, hop)
+    return embedder.embed_audio(cut.reshape(-1, window)).view(*cut.shape[:2], -1)
+
+
+def _stored(codes: Tensor) -> np.ndarray:
+    return codes.cpu().numpy().astype(np.uint16)
+
+
+def _loaded(corpus: Path, clips: list[Clip], sample_rates: set[int]) -> Iterator[tuple[list[Clip], Waves]]:
+    """Batches of clips with their waves at each rate; the next ones are read while one is worked on."""
+
+    def load(clip: Clip) -> dict[int, np.ndarray]:
+        return {rate: load_clip(corpus, clip, rate) for rate in sample_rates}
+
+    size = max(1, int(BATCH_SECONDS // clips[0].seconds)) if clips else 1
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead: deque = deque()
+        for first in range(0, len(clips) + size * BATCHES_AHEAD, size):
+            if batch := clips[first : first + size]:
+                ahead.append((batch, [pool.submit(load, clip) for clip in batch]))
+            if ahead and (not batch or len(ahead) > BATCHES_AHEAD):
+                done, futures = ahead.popleft()
+                waves = [future.result() for future in futures]
+                yield done, {rate: torch.from_numpy(np.stack([wave[rate] for wave in waves])) for rate in sample_rates}

@@ -1,0 +1,187 @@
+"""Windows of token records for training: every field cut at one moment, the same crop for the same seed and epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.shards import Shards, count_records, world
+from model import artifact
+from model.errors import UserError
+from model.fields import CONDITIONING, TokenField, common_period
+
+Window = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Cuts a window out of a record. Everything random in it is a pure function of (seed, epoch, clip id)."""
+
+    fields: tuple[TokenField, ...]
+    """Fields to cut, without the conditioning."""
+    conditioning: bool
+    seconds: float
+    embedding_seconds: float
+    """Audio that one row of the conditioning describes."""
+    hop_seconds: float
+    """Time between two of them."""
+    text_probability: float
+    seed: int
+    fixed: bool
+    """The same windows in every epoch (validation)."""
+
+    @cached_property
+    def period(self) -> Fraction:
+        """The grid windows start on, in seconds: there all fields start a frame together."""
+        return common_period(list(self.fields)) if self.fields else Fraction(0)
+
+    @cached_property
+    def _frames(self) -> list[tuple[str, int, int]]:
+        """For each field its name, frames from one place of the grid to the next, and frames of a window."""
+        return [(field.name, int(self.period * field.rate), field.frames(self.seconds)) for field in self.fields]
+
+    def __call__(self, record: dict[str, Any], epoch: int) -> Window:
+        place, choice, text = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
+        last = min(((len(record[name]) - frames) // step for name, step, frames in self._frames), default=0)
+        if last < 0:
+            raise ValueError(f"record {record['id']} is shorter than a window of {self.seconds} s")
+        start = int(place * (last + 1))
+        window = {name: record[name][start * step : start * step + frames] for name, step, frames in self._frames}
+        if self.conditioning:
+            rows = record["text_conditioning"]
+            if choice < self.text_probability and len(rows):
+                row = rows[int(text * len(rows))]
+            else:
+                row = record[CONDITIONING][self._row(float(start * self.period), len(record[CONDITIONING]))]
+            window[CONDITIONING] = row[None]
+        return window
+
+    def _row(self, start: float, rows: int) -> int:
+        """The row of the conditioning whose audio has its centre nearest to the window's."""
+        nearest = (start + self.seconds / 2 - self.embedding_seconds / 2) / self.hop_seconds
+        return min(max(round(nearest), 0), rows - 1)
+
+
+def _draws(seed: int, epoch: int, name: str) -> tuple[float, float, float]:
+    """Three numbers in [0, 1) that are the same on every machine and with every version of numpy."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=24).digest()
+    first, second, third = (int.from_bytes(digest[at : at + 8], "little") >> 11 for at in (0, 8, 16))
+    return first / 2**53, second / 2**53, third / 2**53
+
+
+class WindowLoader:
+    """Batches of windows for this rank; one `iter()` is one epoch, and all ranks must start it together.
+
+    Yields `{field: int64 [batch, frames, quantizers]}`; "conditioning" has one frame. `epoch` is the epoch that is
+    under way or, between two, the next. A state taken after any batch and loaded into a new loader gives exactly the
+    batches that would have followed, also with another number of workers, or of ranks where batch × ranks stays the
+    same. A loader without shuffling always starts at its first batch; one with it goes on with an epoch left halfway.
+    """
+
+    def __init__(self, shards: Shards, batch: int, batches: int, workers: int) -> None:
+        self.epoch = 0
+        self._shards, self._batches = shards, batches
+        self._ranks, self._nodes = world()
+        self._records = 0
+        """Records all ranks have had of this epoch."""
+        self._moved = False
+        self._loader = DataLoader(
+            shards,
+            batch_size=batch,
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=workers > 0,
+            multiprocessing_context="fork" if workers else None,  # the names of shared memory go with it
+            generator=torch.Generator(),  # or else every epoch would draw from the training's random numbers
+        )
+
+    def __len__(self) -> int:
+        """Batches a whole epoch on this rank."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if not self._shards.shuffle:
+            self.epoch = self._records = 0
+        if self._records or self._moved:
+            self._shards.resume(self.epoch, self._records, self._nodes)
+            self._moved = False
+        else:
+            self._shards.next_epoch = self.epoch
+        for batch in self._loader:
+            self._count(len(next(iter(batch.values()))))
+            yield batch
+
+    def _count(self, records: int) -> None:
+        self._records += records * self._ranks
+        if self._records >= self._shards.epoch_size:
+            self.epoch, self._records = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream is: after the last batch that was taken. The same on every rank, and plain JSON."""
+        return {"epoch": self.epoch, "records": self._records, "nodes": self._nodes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next `iter()` go on where `state` was taken. Every rank must call it."""
+        self.epoch, self._records, self._nodes = state["epoch"], state["records"], state["nodes"]
+        self._moved = True
+
+
+def window_loader(
+    tokens: Path,
+    split: str,
+    fields: list[str],
+    window_seconds: float,
+    *,
+    batch: int,
+    seed: int,
+    text_probability: float = 0.0,
+    workers: int = 0,
+    shuffle: bool = True,
+) -> WindowLoader:
+    """Windows of `window_seconds` of the token artifact `tokens`, `batch` for each rank at a time.
+
+    `fields` names what to cut, "conditioning" included where wanted: of it comes the row nearest to the window's
+    middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches, each rank's records its
+    own, in a new order and with new crops each time; the rest is left out, and less than one batch is filled up by
+    repeats. Without, every epoch is the same and all ranks get equally many batches, for which some records come twice.
+
+    Raises UserError when a window is longer than the clips.
+    """
+    info = artifact.read(tokens, "tokens").info
+    if window_seconds > info["clip_seconds"]:
+        raise UserError(
+            f"A window of {window_seconds:g} s (model.window_seconds of the stage) is longer than the clips "
+            f"(data.clip_seconds={info['clip_seconds']:g})."
+        )
+    cut = Cut(
+        tuple(TokenField.from_json(info["fields"][name]) for name in fields if name != CONDITIONING),
+        CONDITIONING in fields,
+        window_seconds,
+        info["embedding_seconds"],
+        info["hop_seconds"],
+        text_probability,
+        seed,
+        fixed=not shuffle,
+    )
+    ranks, _ = world()
+    count, unit = count_records(tokens / split), batch * ranks if shuffle else ranks
+    records = max(1, count // unit) * unit if shuffle else -(-count // unit) * unit
+    shards = Shards(tokens / split, cut, records=records, batch=batch, seed=seed, shuffle=shuffle)
+    return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers)
+
+
+def _collate(windows: list[Window]) -> dict[str, Tensor]:
+    # The arrays of a record are read-only views of its bytes; stacking and widening copies them.
+    return {
+        name: torch.from_numpy(np.stack([window[name] for window in windows]).astype(np.int64)) for name in windows[0]
+    }

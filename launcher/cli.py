@@ -1,0 +1,222 @@
+"""The `stretto` command. Every command says what it wants, and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from data.processes import plain_errors
+from model.errors import UserError
+
+INTERRUPTED = 130
+app = typer.Typer(
+    name="stretto",
+    help="Trains text-to-music models: from a folder of audio to a bundle that makes music.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe (quickstart ...) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Keys of the recipe to change: data.clips=500, or stage_defaults.train.steps=100 for every stage.",
+    ),
+]
+RunOption = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder made by `stretto run`.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `stretto run`.")]
+
+
+def main() -> None:
+    """Runs the command. What a user can put right is a plain line and exit code 2; an interrupt is 130."""
+    try:
+        with plain_errors():
+            app()
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"stretto {version('stretto')}")
+        raise typer.Exit
+
+
+@app.callback()
+def stretto(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder; runs/NAME when not given.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeats.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built and why, and stop.")] = False,
+) -> None:
+    """Make everything a recipe asks for that is not up to date. The same command continues what was stopped."""
+    from launcher.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _run(loaded, output or Path("runs") / loaded.name, only or [], dry_run)
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Say what a recipe would run where, and what it costs."""
+    from launcher.plan import print_plan
+    from launcher.recipe import load_recipe
+
+    print_plan(load_recipe(recipe, overrides or []), Console())
+
+
+@app.command()
+def status(
+    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False
+) -> None:
+    """Show every stage of a run: state, step, loss, speed, where its log is."""
+    from launcher.status import print_status
+
+    print_status(run, as_json, Console())
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, a checkpoint or a bundle.")],
+) -> None:
+    """Show what a folder or file of Stretto's holds, and whether it is whole (exit code 1 where it is not)."""
+    from launcher.inspect import print_inspection
+
+    if not print_inspection(path, Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def corpus(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    clips: Annotated[int, typer.Option(help="How many.", min=1)] = 2040,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Synthesise the built-in corpus: clips of music with captions and known attributes."""
+    from data.builtin import write_corpus
+    from data.config import DataConfig
+    from launcher.display import ConsoleProgress
+    from model import artifact
+
+    _require_new(folder)
+    config = DataConfig(clips=clips)
+    fingerprint = artifact.fingerprint("corpus", config.model_dump(mode="json"), seed)
+    with (
+        ConsoleProgress(Console(stderr=True)) as progress,
+        artifact.create(folder, "corpus", fingerprint) as (partial, info),
+    ):
+        info.update(write_corpus(partial, config, seed, progress))
+    print(f"{folder}: {info['clips']} clips")
+
+
+@app.command()
+def fit(
+    what: Annotated[str, typer.Argument(metavar="codec|embedding|quantizers")],
+    run: RunOption,
+) -> None:
+    """Fit one of the parts that come before the tokens: codec, embedding or quantizers."""
+    _one_of(what, ("codec", "embedding", "quantizers"), "to fit")
+    _run_stage(run, what)
+
+
+@app.command()
+def tokenize(run: RunOption) -> None:
+    """Make the token shards of a run from its corpus, codec, embedding and quantizers."""
+    _run_stage(run, "tokens")
+
+
+@app.command()
+def train(stage: Annotated[str, typer.Argument(metavar="semantic|coarse|fine")], run: RunOption) -> None:
+    """Train one stage of a run on this machine, or go on with it."""
+    from model.config import STAGES
+
+    _one_of(stage, STAGES, "to train")
+    _run_stage(run, stage)
+
+
+@app.command()
+def export(run: RunPath, output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")]) -> None:
+    """Write the bundle of a run whose three stages are trained: all that is needed to make music."""
+    from launcher.display import ConsoleProgress
+    from launcher.graph import origins
+    from launcher.recipe import read_run_recipe
+    from launcher.worker import build
+
+    _require_new(output)
+    origin = origins(read_run_recipe(run))["bundle"]
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        build(run, origin, progress, output)
+    print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run folder that has one.")],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to play.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="WAV", help="Several get -1, -2 ... .")] = Path(
+        "out.wav"
+    ),
+    seconds: Annotated[float | None, typer.Option(help="Length; one window when not given.", min=0.1)] = None,
+    samples: Annotated[int, typer.Option(help="Pieces for each prompt.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same music.", min=0)] = 0,
+    cfg: Annotated[float | None, typer.Option(help="Guidance: how closely to keep to the prompt.", min=0)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest, 1 draws freely.", min=0)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest.", min=1)] = None,
+    like: Annotated[
+        Path | None, typer.Option(metavar="AUDIO", help="In the manner of a recording, not of words.")
+    ] = None,
+) -> None:
+    """Make music from words, or in the manner of a recording."""
+    from launcher.generate import Request, generate_files
+
+    request = Request(prompts or [], like, seconds, samples, seed, cfg, temperature, top_k)
+    for path, what in generate_files(bundle, request, output, Console(stderr=True)):
+        print(f"{path}: {what}")
+
+
+def _run(recipe: Any, path: Path, only: list[str], dry_run: bool) -> None:
+    from launcher.runner import run as run_recipe
+
+    code = run_recipe(recipe, path, only, dry_run, Console())
+    if code:
+        raise typer.Exit(code)
+
+
+def _run_stage(run: Path, stage: str) -> None:
+    """One stage of a run folder, by the recipe it was made with."""
+    from launcher.recipe import read_run_recipe
+
+    _run(read_run_recipe(run), run, [stage], dry_run=False)
+
+
+def _one_of(name: str, names: tuple[str, ...], purpose: str) -> None:
+    from launcher.recipe_errors import nearest
+
+    if name not in names:
+        raise UserError(f"there is nothing called {name!r} {purpose}.{nearest(name, names)} Choose {', '.join(names)}.")
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name a new folder, so that nothing is overwritten.")

@@ -1,0 +1,207 @@
+"""The run folder as the launcher keeps it: one writer at a time, a record of what ran, nothing half there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launcher.guard import others_in_group
+from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
+from launcher.units import size
+from model import artifact
+from model.errors import UserError
+
+STATE = "state.json"
+LOCK = ".lock"
+PREVIOUS = "previous"
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    """What `state.json` records: `{"format_version", "recipe", "stages": {name: entry}}`.
+
+    An entry has `state` ("waiting", "running", "done", "failed" or "interrupted"), `reused` (found up to date by the
+    last run), `error`, the `pid` and `pid_started` of the stage's process group, `started` and `finished` (seconds
+    since 1970), `seconds` it took in all its attempts, and `made_from`: what its fingerprint is made of. Raises
+    UserError where a newer Stretto wrote it or it does not read.
+    """
+    path = run / STATE
+    try:
+        state = json.loads(path.read_text())
+        version = state["format_version"]
+    except FileNotFoundError:
+        return {"format_version": artifact.FORMAT_VERSION, "stages": {}}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged. Remove it and run again: what is finished is kept.") from None
+    if version > artifact.FORMAT_VERSION:
+        raise UserError(
+            f"{run} was made by a newer Stretto (format {version}; this one knows {artifact.FORMAT_VERSION}): "
+            "upgrade Stretto, or choose another folder with -o."
+        )
+    return state
+
+
+class RunFolder:
+    """A run folder that this process works in. Use `with RunFolder.opened(path, recipe) as folder`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.state: dict[str, Any] = {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, path: Path, recipe: Recipe) -> Iterator[RunFolder]:
+        """Makes or takes over a run folder for `recipe`, alone: what a dead run left is ended and cleared away.
+
+        Raises UserError where another process runs there, or the folder is something else's.
+        """
+        check_owner(path, recipe)
+        folder = cls(path)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}. Choose another folder with -o.") from None
+        with folder._locked():
+            folder.state = read_state(folder.path)
+            folder._end_strays()
+            folder._clear_leftovers()
+            _write_text(folder.path / RECIPE, dump_recipe(recipe))
+            folder.state.update(format_version=artifact.FORMAT_VERSION, recipe=recipe.name)
+            folder._write()
+            yield folder
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.path / LOCK).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(f"{self.path} is in use {_holder(file.read())}.") from None
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "since": time.time()}))
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def record(self, stage: str, **entry: Any) -> None:
+        """Changes what `state.json` says of a stage."""
+        self.state["stages"].setdefault(stage, {}).update(entry)
+        self._write()
+
+    def record_process(self, stage: str, pid: int) -> None:
+        """Notes the process group of a stage that has started, so that a later run can end it if this one cannot."""
+        self.record(stage, pid=pid, pid_started=psutil.Process(pid).create_time())
+
+    def entry(self, stage: str) -> dict[str, Any]:
+        return self.state["stages"].get(stage, {})
+
+    def set_aside(self, stage: str) -> Path | None:
+        """Moves the outputs of an outdated stage to `previous/`, in place of what was moved there before."""
+        path, previous = self.path / stage, self.path / PREVIOUS / stage
+        if not path.exists():
+            return None
+        if previous.exists():
+            shutil.rmtree(previous)
+        previous.parent.mkdir(exist_ok=True)
+        path.rename(previous)
+        return previous
+
+    def check_space(self, needed: int) -> None:
+        """Raises UserError when the disk has less free than about `needed` bytes."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(
+                f"the disk of {self.path} has {size(free)} free; this run needs about {size(needed)}. "
+                "Make room, or choose a folder on another disk with -o."
+            )
+
+    def _write(self) -> None:
+        artifact.write_json(self.path / STATE, self.state)
+
+    def _end_strays(self) -> None:
+        """Ends what a killed run left running. Its lock is free, so whatever it started is nobody's."""
+        for stage, entry in self.state["stages"].items():
+            if entry.get("state") == "running" and entry.get("pid"):
+                end_group(entry["pid"], entry["pid_started"], self.path)
+                self.state["stages"][stage]["state"] = "interrupted"
+
+    def _clear_leftovers(self) -> None:
+        """Removes what a killed process was writing, and gives back what it was about to replace."""
+        for folder in (self.path, *self.path.glob("*/"), *self.path.glob("*/checkpoints/")):
+            if not folder.is_dir() or folder.name == PREVIOUS:
+                continue
+            for partial in folder.glob(f".*{artifact.PARTIAL}*"):
+                _remove(partial)
+            for old in folder.glob(".*.old"):
+                place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+                _remove(old) if place.exists() else old.rename(place)
+        for torn in (self.path / "progress").glob(".*"):
+            _remove(torn)
+
+
+def check_owner(path: Path, recipe: Recipe) -> None:
+    """Raises UserError unless `path` is new, empty, or the run folder of a recipe of that name."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another folder with -o.")
+    names = {entry.name for entry in path.iterdir()} - {LOCK} if path.exists() else set()
+    if not any(not name.startswith(f".{RECIPE}") for name in names):
+        return
+    if RECIPE not in names:
+        raise UserError(f"{path} is not empty and not a run folder: choose another folder with -o.")
+    read_state(path)
+    made_by = read_run_recipe(path).name
+    if made_by != recipe.name:
+        raise UserError(f"{path} was made by recipe {made_by!r}, not {recipe.name!r}: choose another folder with -o.")
+
+
+def end_group(group: int, started: float, run: Path) -> None:
+    """Kills process group `group` if it is what a run in `run` started at `started` (its number may be another's)."""
+    if not any(_is_ours(process, started, run) for process in others_in_group(group)):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while others_in_group(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_ours(process: psutil.Process, started: float, run: Path) -> bool:
+    try:
+        return process.create_time() >= started - 1 and str(run) in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def _holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        since = time.strftime("%d %B %H:%M:%S", time.localtime(holder["since"]))
+        return f"by process {holder['pid']} since {since}: wait for it, or stop it with `kill {holder['pid']}`"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return "by another process: wait for it"
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}{artifact.PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    artifact.sync(partial)
+    partial.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,220 @@
+"""`stretto status`: where every stage of a run is, read from what the run leaves on the disk. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.recipe import RECIPE
+from launcher.run_folder import LOCK, read_state
+from launcher.stages import STAGES
+from launcher.units import duration
+from model.artifact import MANIFEST
+from model.errors import UserError
+from trainer.metrics_reader import last_metrics
+
+ORDER = tuple(stage.name for stage in STAGES)
+TRAINED = tuple(stage.name for stage in STAGES if stage.trained)
+REPORT = "report.html"
+COLOURS = {"done": "green", "running": "cyan", "waiting": "dim", "failed": "red", "interrupted": "yellow"}
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage. Times in seconds; what is not known is None."""
+
+    name: str
+    state: str
+    """waiting, running, done, failed or interrupted."""
+    done: int | None = None
+    """Steps of a trained stage; clips, passes ... of the others."""
+    total: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    windows_per_second: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    """How long it took, or has run for, in all its attempts."""
+    seconds_left: float | None = None
+    reused: bool = False
+    message: str = ""
+    error: str | None = None
+    log: str | None = None
+    """Relative to the run folder."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    run: Path
+    recipe: str
+    state: str
+    """running, done, failed, interrupted or waiting."""
+    stages: list[StageStatus]
+    report: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "format_version": 1, "run": str(self.run)}
+
+
+def read_status(run: Path) -> RunStatus:
+    """The state of every stage of the run. Raises UserError where `run` is not a run folder."""
+    recipe = _read_recipe(run)
+    if recipe is None:
+        raise UserError(f"{run} is not a run folder: it has no {RECIPE}.")
+    record, alive = read_state(run)["stages"], launcher_alive(run)
+    stages = [_stage(run, name, record.get(name, {}), recipe, alive) for name in ORDER]
+    return RunStatus(
+        run=run,
+        recipe=recipe.get("name", "?"),
+        state=_overall([stage.state for stage in stages], alive),
+        stages=stages,
+        report=REPORT if (run / REPORT).is_file() else None,
+    )
+
+
+def launcher_alive(run: Path) -> bool:
+    """Whether the launcher that the run's lock file names still lives; a later process with its number is not it."""
+    # The lock itself is not asked for: holding it for a moment could turn a launcher away.
+    holder = _read_json(run / LOCK) or {}
+    try:
+        return "pid" in holder and psutil.Process(holder["pid"]).create_time() <= holder["since"]
+    except psutil.Error:
+        return False
+
+
+def _overall(states: list[str], alive: bool) -> str:
+    if alive:
+        return "running"
+    if all(state == "done" for state in states):
+        return "done"
+    # What was only waiting when its launcher died was interrupted with it, if anything had been done at all.
+    worst = next((state for state in ("failed", "interrupted") if state in states), None)
+    return worst or ("interrupted" if "done" in states else "waiting")
+
+
+def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any], alive: bool) -> StageStatus:
+    state = record.get("state") or ("done" if (run / name / MANIFEST).is_file() else "waiting")
+    if state == "running" and not alive:
+        state = "interrupted"
+    progress = _read_json(run / "progress" / f"{name}.json") or {}
+    log = Path("logs") / f"{name}.log"
+    known: dict[str, Any] = {
+        "name": name,
+        "state": state,
+        "seconds": record.get("seconds"),
+        "reused": bool(record.get("reused")),
+        "error": record.get("error"),
+        "log": log.as_posix() if (run / log).is_file() else None,
+    }
+    started = record.get("started") or 0
+    if state == "running" and started:
+        known["seconds"] = (record.get("seconds") or 0) + time.time() - started
+    if state in ("running", "interrupted", "failed") and progress.get("time", 0) >= started:
+        known |= {"done": progress["done"], "total": progress["total"], "message": progress["message"]}
+        if state == "running":
+            known["seconds_left"] = _seconds_left(progress)
+    if name in TRAINED and state != "waiting":
+        known |= _training(run / name / "metrics.jsonl", recipe, name, state)
+    return StageStatus(**known)
+
+
+def _seconds_left(progress: dict[str, Any]) -> float | None:
+    """What is left, at the speed so far."""
+    done, passed = progress["done"], progress["time"] - progress["started"]
+    return passed * (progress["total"] - done) / done if done else None
+
+
+def _training(path: Path, recipe: dict[str, Any], name: str, state: str) -> dict[str, Any]:
+    """Step, losses, speed and time left of a trained stage, from the newest rows of its metrics."""
+    train, validation = last_metrics(path, "train"), last_metrics(path, "validation")
+    found: dict[str, Any] = {"validation_loss": validation["loss"] if validation else None}
+    if train is None:
+        return found
+    found |= {"done": train["step"], "loss": train["loss"]}
+    found |= {speed: train[speed] for speed in ("windows_per_second", "tokens_per_second")}
+    settings = recipe.get("stages", {}).get(name, {}).get("train", {})
+    if "steps" in settings:
+        found["total"] = settings["steps"]
+        if state == "running" and train["windows_per_second"]:
+            windows = (settings["steps"] - train["step"]) * settings["global_batch"]
+            found["seconds_left"] = windows / train["windows_per_second"]
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError:  # a lock that nobody holds is empty
+        return None
+
+
+def _read_recipe(run: Path) -> dict[str, Any] | None:
+    # Not checked as a recipe: the run of another version should still show where it is.
+    try:
+        return yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except yaml.YAMLError:
+        raise UserError(f"{run / RECIPE} is damaged: it does not read as YAML.") from None
+
+
+def print_status(run: Path, as_json: bool, console: Console) -> None:
+    """Shows the state of a run as a table, or as one JSON object."""
+    status = read_status(run)
+    if as_json:
+        print(json.dumps(status.to_json(), indent=2), file=console.file)
+        return
+    colour = COLOURS[status.state]
+    console.print(f"{escape(str(run))}: recipe {escape(status.recipe)}, [{colour}]{status.state}[/]", highlight=False)
+    console.print(_table(status))
+    for stage in status.stages:
+        if stage.error:
+            console.print(f"[red]{stage.name}[/]: {escape(stage.error)}", highlight=False)
+    logs = [stage.log for stage in status.stages if stage.log and stage.state in ("running", "failed", "interrupted")]
+    if logs:
+        console.print(f"Logs: {', '.join(escape(str(run / log)) for log in logs)}", highlight=False)
+    if status.state in ("interrupted", "failed"):
+        console.print("The same `stretto run` command goes on from here.", highlight=False)
+    if status.report:
+        console.print(f"Report: {escape(str(run / status.report))}", highlight=False)
+
+
+def _table(status: RunStatus) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "state", "done", "loss", "validation", "speed", "time", "left"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    for stage in status.stages:
+        table.add_row(
+            stage.name,
+            f"[{COLOURS[stage.state]}]{stage.state}[/]" + (" (kept)" if stage.reused else ""),
+            _done(stage),
+            _or_blank(stage.loss, "{:.3f}"),
+            _or_blank(stage.validation_loss, "{:.3f}"),
+            _or_blank(stage.windows_per_second, "{:.1f}/s"),
+            duration(stage.seconds) if stage.seconds else "",
+            duration(stage.seconds_left) if stage.seconds_left is not None else "",
+        )
+    return table
+
+
+def _done(stage: StageStatus) -> str:
+    if stage.done is None:
+        return ""
+    return f"{stage.done:,} / {stage.total:,}" if stage.total is not None else f"{stage.done:,}"
+
+
+def _or_blank(value: float | None, pattern: str) -> str:
+    return "" if value is None else pattern.format(value)

@@ -1,0 +1,61 @@
+"""`python -m launcher.worker --run RUN --stage NAME`: makes the artifact of one stage that is not trained."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from data.processes import die_with_parent, plain_errors
+from data.progress import Progress
+from launcher.graph import Origin, problems, stage_named
+from launcher.recipe import read_run_recipe
+from launcher.run_folder import read_state
+from launcher.stage import Context
+from model import artifact
+from model.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run folder made by `stretto run`")
+    parser.add_argument("--stage", required=True, help="a stage that is not trained, such as corpus or tokens")
+    arguments = parser.parse_args()
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with plain_errors():
+        progress = Progress(arguments.run / "progress" / f"{arguments.stage}.json")
+        made_from = read_state(arguments.run)["stages"].get(arguments.stage, {}).get("made_from")
+        if made_from is None:
+            raise UserError(f"nothing asked for stage {arguments.stage!r}: start it with `stretto run --only`.")
+        build(arguments.run, Origin(**made_from), progress, arguments.run / arguments.stage)
+
+
+def build(run: Path, origin: Origin, progress: Progress, path: Path) -> None:
+    """Makes the artifact of a stage at `path`, from the others in `run`.
+
+    Raises UserError where an input is missing or is not what the artifact is to be made from.
+    """
+    recipe, stage = read_run_recipe(run), stage_named(origin.name)
+    if stage.body is None:
+        raise UserError(f"stage {stage.name!r} is trained: start it with `stretto train {stage.name} --run {run}`.")
+    for need, expected in origin.inputs.items():
+        check_input(run, stage.name, need, expected)
+    with artifact.create(path, stage.makes, origin.fingerprint, origin.inputs) as (folder, info):
+        info.update(stage.body(Context(run, recipe, folder, progress)))
+
+
+def check_input(run: Path, stage: str, need: str, expected: str) -> None:
+    """Raises UserError unless the artifact `need` is whole and has the fingerprint that `stage` is to be made from."""
+    found, wrong = problems(run / need, stage_named(need))
+    if wrong:
+        raise UserError(f"stage {stage!r} cannot start: {wrong[0]}. `stretto run` makes what it needs.")
+    if found != expected:
+        raise UserError(
+            f"stage {stage!r} and its input {need!r} do not match: {run / need} has fingerprint {found}, "
+            f"the recipe asks for {expected}. `stretto run` makes it anew."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import save_file
+
+import data.tokenise
+from data.corpus import Clip, write_clips
+from data.progress import Progress
+from data.shards import Shards, count_records
+from data.tokenise import embed_windows, tokenise
+from data.windows import window_loader
+from model import artifact
+from model.config import EncodersConfig, JointEmbedderConfig
+from model.encoders.chroma import MelChroma
+from model.encoders.mel import MelCodec
+from model.errors import UserError
+from model.kmeans import ResidualKMeans
+
+SECONDS = 2.0
+
+
+class Embedder:
+    """A stand-in at a rate of its own: the loudness and the share of positive samples; of a text, its letters."""
+
+    sample_rate, dim = 8000, 2
+
+    def embed_audio(self, wave: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.stack([wave.square().mean(1), (wave > 0).float().mean(1)], 1))
+
+    def embed_text(self, texts: list[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.tensor([[len(text), text.count("a")] for text in texts]).float())
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, EncodersConfig]:
+    """A corpus of four clips out of files of two rates, and encoders fitted to noise."""
+    config = EncodersConfig.model_validate({
+        "codec": {"quantizers": 4, "codebook_size": 16, "frame_rate": 25, "mel_bands": 20},
+        "semantic": {"frame_rate": 50, "sample_rate": 16_000},
+        "joint": {"window_seconds": 1.0, "hop_seconds": 0.5, "sample_rate": 8000, "dim": 2},
+    })  # fmt: skip
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    clips = []
+    for number, (rate, split, captions) in enumerate([
+        (16_000, "train", ("a drum", "banana")), (44_100, "train", ()), (22_050, "validation", ("bell",)),
+        (16_000, "held_out", ("x",)),
+    ]):  # fmt: skip
+        wave = np.random.default_rng(number).uniform(-0.5, 0.5, round(2.5 * rate))
+        soundfile.write(corpus / f"{number}.wav", wave, rate)
+        clips.append(Clip(f"clip-{number}", f"{number}.wav", 0.5, SECONDS, captions, split))
+    write_clips(corpus, clips)
+    torch.manual_seed(0)
+    codec = MelCodec(config.codec)
+    codec.quantizer.fit([torch.randn(200, codec.dim)])
+    codec.save(tmp_path)
+    tensors = {"conditioning": torch.randn(3, 8, 2), "semantic": torch.randn(1, 16, MelChroma.dim)}
+    save_file(tensors, tmp_path / "quantizers.safetensors")
+    monkeypatch.setattr(data.tokenise, "load_joint_embedder", lambda folder, config: Embedder())
+    return corpus, config
+
+
+def run(made: tuple[Path, EncodersConfig], folder: Path) -> dict[str, Any]:
+    corpus, config = made
+    return tokenise(
+        corpus, corpus.parent, corpus.parent, corpus.parent, config, folder, Progress(folder / "progress.json")
+    )
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    reader = Shards(folder, lambda row, epoch: row, records=count_records(folder), batch=1, seed=0, shuffle=False)
+    return {row["id"]: row for row in reader}
+
+
+def test_records_hold_what_the_encoders_say(made: tuple[Path, EncodersConfig], tmp_path: Path) -> None:
+    corpus, config = made
+    info = run(made, tmp_path / "tokens")
+    assert info["records"] == {"train": 2, "validation": 1}
+    assert info["captions"] is True
+    assert info["clip_seconds"] == SECONDS
+    assert (info["hop_seconds"], info["embedding_seconds"]) == (0.5, 1.0)
+    shapes = {name: (row["rate_hz"], row["quantizers"], row["codebook_size"]) for name, row in info["fields"].items()}
+    assert shapes == {"acoustic": (25, 4, 16), "semantic": (50, 1, 16), "conditioning": (2, 3, 8)}
+    rows = records(tmp_path / "tokens" / "train")
+    assert list(rows) == ["clip-0", "clip-1"]
+    for row in rows.values():
+        assert row["acoustic"].shape == (50, 4)
+        assert row["semantic"].shape == (100, 1)
+        assert row["conditioning"].shape == (3, 3)
+        assert {row[name].dtype for name in ("acoustic", "semantic", "conditioning")} == {np.dtype(np.uint16)}
+    assert json.loads(rows["clip-0"]["captions"]) == ["a drum", "banana"]
+    assert rows["clip-0"]["text_conditioning"].shape == (2, 3)
+    assert rows["clip-1"]["text_conditioning"].shape == (0, 3)
+    wave = torch.from_numpy(soundfile.read(corpus / "0.wav", dtype="float32")[0])[None, 8000:40_000]
+    codec = MelCodec.load(tmp_path, config.codec)
+    np.testing.assert_array_equal(rows["clip-0"]["acoustic"], codec.encode(wave)[0])
+    quantizer = ResidualKMeans.load(tmp_path / "quantizers.safetensors", "conditioning")
+    text = quantizer.encode(Embedder().embed_text(["a drum", "banana"]))
+    np.testing.assert_array_equal(rows["clip-0"]["text_conditioning"], text)
+    assert json.loads((tmp_path / "tokens" / "progress.json").read_text())["done"] == 3
+
+
+def test_the_loader_reads_what_was_written(made: tuple[Path, EncodersConfig], tmp_path: Path) -> None:
+    with artifact.create(tmp_path / "tokens", "tokens", "x") as (folder, info):
+        info.update(run(made, folder))
+    fields = ["semantic", "acoustic", "conditioning"]
+    (batch,) = window_loader(tmp_path / "tokens", "train", fields, 1.0, batch=2, seed=0)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "semantic": (2, 50, 1), "acoustic": (2, 25, 4), "conditioning": (2, 1, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "windows"), [(3.0, 5), (2.4, 3), (1.0, 1), (0.5, 1)])
+def test_embedding_windows(seconds: float, windows: int) -> None:
+    config = JointEmbedderConfig(window_seconds=1.0, hop_seconds=0.5)
+    wave = torch.randn(2, round(seconds * 8000))
+    found = embed_windows(Embedder(), wave, config)
+    assert found.shape == (2, windows, 2)
+    last = wave[:, (windows - 1) * 4000 : (windows - 1) * 4000 + 8000]
+    torch.testing.assert_close(found[:, -1], Embedder().embed_audio(last))
+
+
+def test_audio_that_changed(made: tuple[Path, EncodersConfig], tmp_path: Path) -> None:
+    soundfile.write(made[0] / "1.wav", np.zeros(100), 16_000)
+    with pytest.raises(UserError, match=r"1\.wav has changed since the corpus was made"):
+        run(made, tmp_path / "tokens")
