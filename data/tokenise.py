@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from model.encoders.base import JointEmbedder
 from model.fields import CONDITIONING, SEMANTIC, TokenField
 from model.kmeans import ResidualKMeans
 
-BATCH_SECONDS = 160.0
-"""Audio encoded at a time."""
-READERS = 2
+BATCH_SECONDS = 80.0
+"""Audio encoded at a time by one thread."""
+MOST_THREADS = 8
 BATCHES_AHEAD = 2
+"""Finished batches that may wait to be written."""
 
-Waves = dict[int, Tensor]
-"""Waves `[clips, samples]` by sample rate."""
+Record = dict[str, Any]
 
 
 def tokenise(
@@ -46,15 +47,15 @@ def tokenise(
     token fields, clip length, length and hop of the embedding windows, records of each split. Clips of other splits are
     not written: they are for evaluation. Raises UserError when an audio file has changed since the corpus was made.
     """
-    tokeniser = Tokeniser(codec, embedding, quantizers, encoders)
+    tokeniser = Tokeniser(corpus, codec, embedding, quantizers, encoders)
     clips = {split: read_clips(corpus, split) for split in (TRAIN, VALIDATION)}
     total = sum(map(len, clips.values()))
     done = 0
 
-    def records(split: str) -> Iterator[dict[str, Any]]:
+    def records(split: str) -> Iterator[Record]:
         nonlocal done
-        for batch, waves in _loaded(corpus, clips[split], tokeniser.sample_rates):
-            yield from tokeniser.records(batch, waves)
+        for batch in _over_threads(tokeniser.records, _batches(clips[split])):
+            yield from batch
             done += len(batch)
             progress.update(done, total, "tokenising")
 
@@ -70,16 +71,16 @@ def tokenise(
 
 
 class Tokeniser:
-    """The frozen encoders and their quantizers."""
+    """The frozen encoders and their quantizers, at work on a corpus."""
 
-    def __init__(self, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig) -> None:
+    def __init__(self, corpus: Path, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig) -> None:
+        self.corpus = corpus
         self.codec = load_codec(codec, encoders.codec)
         self.semantic = load_semantic_encoder(encoders.semantic)
         self.joint = load_joint_embedder(embedding, encoders.joint)
         self.config = encoders.joint
         self.conditioning_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", CONDITIONING)
         self.semantic_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", SEMANTIC)
-        self.sample_rates = {self.codec.sample_rate, self.semantic.sample_rate, self.joint.sample_rate}
 
     @property
     def fields(self) -> list[TokenField]:
@@ -93,8 +94,10 @@ class Tokeniser:
         ]  # fmt: skip
 
     @torch.inference_mode()
-    def records(self, clips: list[Clip], waves: Waves) -> Iterator[dict[str, Any]]:
-        """One record for each clip of a batch of equal length."""
+    def records(self, clips: list[Clip]) -> list[Record]:
+        """One record for each of some clips of equal length."""
+        rates = {self.codec.sample_rate, self.semantic.sample_rate, self.joint.sample_rate}
+        waves = {rate: _stack([load_clip(self.corpus, clip, rate) for clip in clips]) for rate in rates}
         acoustic = self.codec.encode(waves[self.codec.sample_rate])
         semantic = self.semantic_codes.encode(self.semantic.features(waves[self.semantic.sample_rate]).cpu())
         embeddings = embed_windows(self.joint, waves[self.joint.sample_rate], self.config)
@@ -103,8 +106,8 @@ class Tokeniser:
             if codes.shape[1] != field.frames(clips[0].seconds):
                 raise ValueError(f"the {field.name} encoder gave {codes.shape[1]} frames for {clips[0].seconds} s")
         text = self._text(clips)
-        for index, clip in enumerate(clips):
-            yield {
+        return [
+            {
                 "id": clip.id,
                 "captions": json.dumps(clip.captions),
                 "conditioning": _stored(conditioning[index]),
@@ -112,6 +115,8 @@ class Tokeniser:
                 "acoustic": _stored(acoustic[index]),
                 "text_conditioning": _stored(text[index]),
             }
+            for index, clip in enumerate(clips)
+        ]
 
     def _text(self, clips: list[Clip]) -> list[Tensor]:
         """Codes `[captions, quantizers]` of each clip's captions."""
@@ -137,19 +142,31 @@ def _stored(codes: Tensor) -> np.ndarray:
     return codes.cpu().numpy().astype(np.uint16)
 
 
-def _loaded(corpus: Path, clips: list[Clip], sample_rates: set[int]) -> Iterator[tuple[list[Clip], Waves]]:
-    """Batches of clips with their waves at each rate; the next ones are read while one is worked on."""
+def _stack(waves: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(waves))
 
-    def load(clip: Clip) -> dict[int, np.ndarray]:
-        return {rate: load_clip(corpus, clip, rate) for rate in sample_rates}
 
-    size = max(1, int(BATCH_SECONDS // clips[0].seconds)) if clips else 1
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead: deque = deque()
-        for first in range(0, len(clips) + size * BATCHES_AHEAD, size):
-            if batch := clips[first : first + size]:
-                ahead.append((batch, [pool.submit(load, clip) for clip in batch]))
-            if ahead and (not batch or len(ahead) > BATCHES_AHEAD):
-                done, futures = ahead.popleft()
-                waves = [future.result() for future in futures]
-                yield done, {rate: torch.from_numpy(np.stack([wave[rate] for wave in waves])) for rate in sample_rates}
+def _batches(clips: list[Clip]) -> list[list[Clip]]:
+    size = max(1, int(BATCH_SECONDS // clips[0].seconds))
+    return [clips[first : first + size] for first in range(0, len(clips), size)]
+
+
+def _over_threads(function: Callable[[list[Clip]], list[Record]], batches: list[list[Clip]]) -> Iterator[list[Record]]:
+    """Yields `function(batch)` for each batch in order, each worked out by one thread.
+
+    One torch thread a batch and a batch a core is faster than all cores on one batch, whose threads wait for each other
+    after every operation; and the codes do not depend on how many cores there are.
+    """
+    threads, before = min(os.cpu_count() or 1, MOST_THREADS), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            ahead: deque[Future[list[Record]]] = deque()
+            for batch in batches:
+                ahead.append(pool.submit(function, batch))
+                if len(ahead) >= threads + BATCHES_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+    finally:
+        torch.set_num_threads(before)

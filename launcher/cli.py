@@ -27,7 +27,7 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in re
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Keys of the recipe to change: data.clips=500, or stage_defaults.train.steps=100 for every stage.",
     ),
 ]
@@ -39,7 +39,7 @@ def main() -> None:
     """Runs the command. What a user can put right is a plain line and exit code 2; an interrupt is 130."""
     try:
         with plain_errors():
-            app()
+            app(prog_name="stretto")
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from launcher.recipe import RECIPE
 from launcher.status import ORDER, TRAINED
-from launcher.units import duration, short, size
+from launcher.units import counted, duration, short, size
 from model import artifact
 from model.errors import UserError
 from trainer.metrics_reader import read_metrics
@@ -181,7 +181,7 @@ def _safetensors(path: Path) -> Inspection:
         parameters += math.prod(tensor["shape"])
         end = max(end, last)
         rows.append((name, tensor["dtype"], " × ".join(map(str, tensor["shape"])) or "–", size(last - first)))
-    inspection = Inspection(path, f"{len(rows)} tensors, {short(parameters)} numbers, {size(end)}")
+    inspection = Inspection(path, f"{counted(len(rows), 'tensor')}, {short(parameters)} numbers, {size(end)}")
     inspection.listings.append(Listing(("tensor", "type", "shape", "bytes"), rows))
     if path.stat().st_size != start + end:
         inspection.problems.append(f"{path} has {path.stat().st_size} bytes, {start + end} expected")
@@ -205,7 +205,9 @@ def _shards(path: Path) -> Inspection:
         samples = sum(shard["samples"] for shard in shards)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{path / SHARD_INDEX} is damaged: it does not read as an index of MDS shards.") from None
-    inspection = Inspection(path, f"{samples:,} samples in {len(shards)} MDS shards", problems=problems)
+    inspection = Inspection(
+        path, f"{counted(samples, 'sample')} in {counted(len(shards), 'MDS shard')}", problems=problems
+    )
     inspection.facts["columns"] = ", ".join(f"{name} ({encoding})" for name, encoding in columns)
     inspection.listings.append(Listing(("shard", "samples", "bytes"), rows))
     return inspection

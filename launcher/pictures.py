@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ DPI = 110
 BANDS = 96
 RANGE_DB = 60
 """What a spectrogram shows below its loudest point."""
+SILENCE = 1e-10
 TICKS_HZ = (100, 500, 1000, 2000, 4000, 8000)
 
 
@@ -56,7 +58,9 @@ def both_themes(draw: Callable[[Figure], None], width: float, height: float) -> 
             figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme["back"], layout="constrained")
             draw(figure)
             buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing")  # captions may be in any script
+                figure.savefig(buffer, format="png")
         pictures[name] = data_url("image/png", buffer.getvalue())
     return pictures
 
@@ -88,9 +92,10 @@ def _loss_panel(panel: Axes, name: str, stage: dict[str, Any]) -> None:
             panel.plot(steps, losses, label=label, **style)
 
     curve(stage["train"], "training", color=COLOURS["train"], linewidth=1)
+    curve(stage["validation"], "validation", color=COLOURS["validation"], linewidth=1.6, marker=".")
+    # On top: a condition that is ignored shows as dashes on the curve itself.
     for field, points in stage["shuffled"].items():
         curve(points, f"validation, {field} shuffled", color=COLOURS[field], linewidth=1.2, linestyle="--", marker=".")
-    curve(stage["validation"], "validation", color=COLOURS["validation"], linewidth=1.6, marker=".")
     if stage["ln_codebook"]:
         panel.axhline(
             stage["ln_codebook"], label="ln(codebook): knowing nothing", color=COLOURS["train"], linestyle=":"
@@ -108,7 +113,7 @@ def mel(hertz: Any) -> Any:
 
 
 def log_mel(wave: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Level in dB below the loudest point, `[BANDS, frames]`, a frame every 16 ms; at most RANGE_DB down."""
+    """Level in dB relative to the loudest point, `[BANDS, frames]`, a frame every 16 ms; at most RANGE_DB down."""
     window, hop = 2 ** round(np.log2(0.1 * sample_rate)), round(0.016 * sample_rate)
     padded = np.pad(wave, (window // 2, window - window // 2))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
@@ -117,8 +122,10 @@ def log_mel(wave: np.ndarray, sample_rate: int) -> np.ndarray:
     place = mel(np.fft.rfftfreq(window, 1 / sample_rate))
     rise = (place - edges[:-2, None]) / np.diff(edges)[:-1, None]
     fall = (edges[2:, None] - place) / np.diff(edges)[1:, None]
-    level = 10 * np.log10(np.maximum(np.clip(np.minimum(rise, fall), 0, None) @ power.T, 1e-10))
-    return np.maximum(level - level.max(), -RANGE_DB)
+    level = 10 * np.log10(np.maximum(np.clip(np.minimum(rise, fall), 0, None) @ power.T, SILENCE))
+    # Silence is dark, not evenly loud.
+    loudest = max(level.max(), 10 * np.log10(SILENCE) + RANGE_DB)
+    return np.maximum(level - loudest, -RANGE_DB)
 
 
 def spectrograms(pairs: Sequence[tuple[str, Path, str, Path]]) -> dict[str, str]:
@@ -129,11 +136,13 @@ def spectrograms(pairs: Sequence[tuple[str, Path, str, Path]]) -> dict[str, str]
         for row, pair in zip(panels, pairs, strict=True):
             for panel, kind, title, path in zip(row, ("generated", "real"), pair[::2], pair[1::2], strict=True):
                 _spectrogram(panel, path)
-                panel.set_title(f"{kind}: {shortened(title)}", loc="left")
+                panel.set_title(f"{kind}: {shortened(title)}", loc="left", fontsize=8, parse_math=False)
             row[0].set_ylabel("kHz (mel scale)")
         for panel in panels[-1]:
             panel.set_xlabel("seconds")
-        figure.colorbar(panels[0, 0].images[0], ax=panels, label="dB below the loudest point", aspect=40, pad=0.01)
+        figure.colorbar(
+            panels[0, 0].images[0], ax=panels, label="dB relative to the loudest point", aspect=40, pad=0.01
+        )
 
     return both_themes(draw, 10.3, 0.4 + 1.9 * len(pairs))
 
@@ -155,7 +164,7 @@ def _spectrogram(panel: Axes, path: Path) -> None:
     panel.set_yticks([float(mel(hertz)) for hertz in ticks], [f"{hertz / 1000:g}" for hertz in ticks])
 
 
-def shortened(text: str, length: int = 58) -> str:
+def shortened(text: str, length: int = 56) -> str:
     return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
 
 

@@ -157,12 +157,6 @@ def embedding_rows_a_clip(recipe: Recipe) -> int:
 def notes(recipe: Recipe, plans: list[StagePlan]) -> Iterator[str]:
     """What in a plan deserves a second look."""
     for plan in plans:
-        window = plan.config.model.window_seconds
-        if window > recipe.data.clip_seconds:
-            yield (
-                f"stages.{plan.name}.model.window_seconds is {window:g}, longer than data.clip_seconds "
-                f"{recipe.data.clip_seconds:g}: no clip can fill a window."
-            )
         if plan.memory.total > GPU_MEMORY:
             yield (
                 f"{plan.name} needs {size(plan.memory.total)} a GPU: lower stages.{plan.name}.train.micro_batch, "

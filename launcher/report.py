@@ -114,7 +114,7 @@ def beside(samples: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[tu
 
 
 def _agrees(attributes: dict[str, str], asked: dict[str, str] | None) -> bool:
-    return bool(asked) and all(attributes.get(name) == value for name, value in asked.items())
+    return asked is not None and all(attributes.get(name) == value for name, value in asked.items())
 
 
 def no_adherence(figures: dict[str, Any]) -> str | None:

@@ -74,9 +74,6 @@ class RunFolder:
             folder.state = read_state(folder.path)
             folder._end_strays()
             folder._clear_leftovers()
-            _write_text(folder.path / RECIPE, dump_recipe(recipe))
-            folder.state.update(format_version=artifact.FORMAT_VERSION, recipe=recipe.name)
-            folder._write()
             yield folder
 
     @contextlib.contextmanager
@@ -94,6 +91,12 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Makes `recipe` the one this folder is built by."""
+        _write_text(self.path / RECIPE, dump_recipe(recipe))
+        self.state.update(format_version=artifact.FORMAT_VERSION, recipe=recipe.name)
+        self._write()
 
     def record(self, stage: str, **entry: Any) -> None:
         """Changes what `state.json` says of a stage."""

@@ -52,20 +52,21 @@ def run(
         states = state_of(path, recipe)
         _print_plan(console, states, plan_stages(states, only))
         return 0
+    # Taken once: the user's files may change while the run goes on.
+    found = origins(recipe)
     with RunFolder.opened(path, recipe) as folder:
-        # Taken once: the user's files may change while the run goes on.
-        found = origins(recipe)
         states = state_of(folder.path, recipe, found)
         todo = plan_stages(states, only)
+        folder.check_space(space_needed(recipe, todo))
+        folder.adopt(recipe)
         _note_states(folder, found, states, todo)
         if todo:
-            folder.check_space(space_needed(recipe, todo))
             code = Execution(folder, recipe, found, states, todo, console).run()
             if code:
                 return code
         else:
-            what = ", ".join(only) or "Everything"
-            console.print(f"{what}: up to date in {escape(str(path))}", highlight=False, soft_wrap=True)
+            what = f"{', '.join(only)} " if only else "everything "
+            console.print(f"{path}: {what}is up to date.", highlight=False, soft_wrap=True, markup=False)
         if all(state.done for state in state_of(folder.path, recipe, found).values()):
             _report(folder.path, list(states), console)
         return 0

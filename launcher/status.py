@@ -106,7 +106,7 @@ def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any],
     state = record.get("state") or ("done" if (run / name / MANIFEST).is_file() else "waiting")
     if state == "running" and not alive:
         state = "interrupted"
-    progress = _read_json(run / "progress" / f"{name}.json") or {}
+    progress = _read_json(run / "progress" / f"{name}.json")
     log = Path("logs") / f"{name}.log"
     known: dict[str, Any] = {
         "name": name,
@@ -119,7 +119,7 @@ def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any],
     started = record.get("started") or 0
     if state == "running" and started:
         known["seconds"] = (record.get("seconds") or 0) + time.time() - started
-    if state in ("running", "interrupted", "failed") and progress.get("time", 0) >= started:
+    if state in ("running", "interrupted", "failed") and progress and progress["time"] >= started:
         known |= {"done": progress["done"], "total": progress["total"], "message": progress["message"]}
         if state == "running":
             known["seconds_left"] = _seconds_left(progress)
@@ -194,8 +194,8 @@ def print_status(run: Path, as_json: bool, console: Console) -> None:
 
 def _table(status: RunStatus) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "state", "done", "loss", "validation", "speed", "time", "left"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    for column in ("stage", "state", "done", "loss", "valid.", "windows/s", "time"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=True)
     for stage in status.stages:
         table.add_row(
             stage.name,
@@ -203,9 +203,8 @@ def _table(status: RunStatus) -> Table:
             _done(stage),
             _or_blank(stage.loss, "{:.3f}"),
             _or_blank(stage.validation_loss, "{:.3f}"),
-            _or_blank(stage.windows_per_second, "{:.1f}/s"),
-            duration(stage.seconds) if stage.seconds else "",
-            duration(stage.seconds_left) if stage.seconds_left is not None else "",
+            _or_blank(stage.windows_per_second, "{:.0f}"),
+            _time(stage),
         )
     return table
 
@@ -214,6 +213,13 @@ def _done(stage: StageStatus) -> str:
     if stage.done is None:
         return ""
     return f"{stage.done:,} / {stage.total:,}" if stage.total is not None else f"{stage.done:,}"
+
+
+def _time(stage: StageStatus) -> str:
+    """What is left of a running stage, what another has taken."""
+    if stage.seconds_left is not None:
+        return f"{duration(stage.seconds_left)} left"
+    return duration(stage.seconds) if stage.seconds else ""
 
 
 def _or_blank(value: float | None, pattern: str) -> str:

@@ -19,6 +19,11 @@ def size(count: float) -> str:
     return short(count, "B")
 
 
+def counted(number: int, noun: str) -> str:
+    """1, "shard" → "1 shard"; 1200, "shard" → "1,200 shards"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def duration(seconds: float) -> str:
     """Seconds as the two largest units that matter: "0.4 s", "45 s", "12 min 5 s", "3 h 20 min", "2.5 days"."""
     if seconds < 10:

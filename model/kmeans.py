@@ -41,8 +41,9 @@ class ResidualKMeans:
 
         The stream is read once and only a uniform sample of at most `max_vectors` is held, so memory does not grow with
         the data. Each level starts from k-means++ (Arthur and Vassilvitskii 2007) and runs at most `iterations` Lloyd
-        passes; a centroid that no vector chose is moved to a vector drawn by its squared error. The same stream and seed
-        give the same centroids. `report(done, total)` is called after each pass. Raises ValueError for an empty stream.
+        passes; a centroid that no vector chose is moved to a vector drawn by its squared error. The same stream and
+        seed give the same centroids. `report(done, total)` is called after each pass. Raises ValueError for an empty
+        stream.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = _sample(batches, max_vectors, generator)

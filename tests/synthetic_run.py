@@ -49,9 +49,8 @@ def make_run(
         for split in ("train", "validation"):
             make_shards(folder / split)
         info.update(fields=fields, clip_seconds=5.0, captions=captions, records={"train": 5, "validation": 5})
-    codebooks = {"semantic": 256, "coarse": 256, "fine": 256}
-    for number, (name, codes) in enumerate(codebooks.items()):
-        make_stage(run / name, name, codes, listens=name != "coarse", fingerprint=str(number) * 16)
+    for number, (name, stage) in enumerate(recipe.stages):
+        make_stage(run / name, name, 256, stage.train.steps, listens=name != "coarse", fingerprint=str(number) * 16)
     with artifact.create(run / "bundle", "bundle", "b" * 16, {"semantic": "0" * 16}) as (folder, info):
         save_file({"embedding.weight": np.zeros((16, 8), np.float32)}, folder / "semantic.safetensors")
         (folder / "README.md").write_text("# A model")
@@ -84,9 +83,13 @@ def make_shards(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
 
 
-def metrics(name: str, codes: int, listens: bool, steps: int = 600) -> list[dict[str, Any]]:
+def metrics(name: str, codes: int, steps: int, listens: bool) -> list[dict[str, Any]]:
     """Rows as training writes them; a stage that does not listen loses nothing by shuffled conditions."""
-    fields = {"semantic": ["conditioning"], "coarse": ["conditioning", "semantic"], "fine": ["conditioning", "acoustic"]}
+    fields = {
+        "semantic": ["conditioning"],
+        "coarse": ["conditioning", "semantic"],
+        "fine": ["conditioning", "acoustic"],
+    }
     rows = []
     for step in range(0, steps + 1, 10):
         loss, now = 1.8 + (math.log(codes) - 1.8) * math.exp(-step / 120), 1e9 + step / 5
@@ -94,23 +97,21 @@ def metrics(name: str, codes: int, listens: bool, steps: int = 600) -> list[dict
             speeds = {"windows_per_second": 160.0, "tokens_per_second": 20_000.0}
             figures = {"loss": loss + 0.03 * math.sin(step), "learning_rate": 1e-3, "gradient_norm": 0.7}
             rows.append({"kind": "train", "step": step, "time": now, **figures, **speeds})
-        if step % 200 == 0:
+        if step % 100 == 0:
             rise = step / steps * 0.9
-            shuffled = {
-                field: loss + (rise if listens or field != "conditioning" else 0.001) for field in fields[name]
-            }
+            shuffled = {field: loss + (rise if listens or field != "conditioning" else 0.001) for field in fields[name]}
             row = {"kind": "validation", "step": step, "time": now, "loss": loss + 0.05, "quantizers": [loss]}
             rows.append({**row, "shuffled": {field: value + 0.05 for field, value in shuffled.items()}, "text": loss})
     return rows
 
 
-def make_stage(folder: Path, name: str, codes: int, listens: bool = True, fingerprint: str = "0" * 16) -> None:
+def make_stage(folder: Path, name: str, codes: int, steps: int, listens: bool, fingerprint: str) -> None:
     """A trained stage: metrics, weights and manifest."""
     folder.mkdir()
-    write_jsonl(folder / "metrics.jsonl", metrics(name, codes, listens))
+    write_jsonl(folder / "metrics.jsonl", metrics(name, codes, steps, listens))
     save_file({"heads": np.zeros((3, codes, 8), np.float32)}, folder / "model.safetensors")
     info = {
-        "steps": 600, "parameters": 3_772_160,
+        "steps": steps, "parameters": 3_772_160,
         "model": {"field": "semantic" if name == "semantic" else "acoustic"},
     }  # fmt: skip
     artifact.write_manifest(folder, "stage", fingerprint, info=info, names=["model.safetensors"])
@@ -138,7 +139,7 @@ def _samples(run: Path, captions: bool, attributes: bool, count: int) -> None:
                 asked = every[7 * index % len(every)]
                 wave = render({**asked, "mode": "major"}, kind == "real", index, 2.0, RATE)
                 soundfile.write(folder / kind / f"{index:02d}.wav", wave, RATE, subtype="PCM_16")
-                text = f"a {asked['tempo']} {asked['instrument']} <i>melody</i> & {asked['register']} notes, {asked['drums']}"
+                text = f"a {asked['tempo']} <i>{asked['instrument']}</i> & {asked['register']} notes, {asked['drums']}"
                 row = {"wav": f"{kind}/{index:02d}.wav", "attributes": asked if attributes else None}
                 if kind == "wav":
                     judged = {**asked, "tempo": "slow"} if attributes else None

@@ -24,7 +24,7 @@ from model.encoders.base import Codec
 from model.pipeline import MusicPipeline
 from trainer.judge import JUDGED, Judge
 
-CALIBRATION_CLIPS = 300
+CALIBRATION_CLIPS = 150
 REAL_CLIPS = 120
 REAL_KEPT = 8
 """Real clips kept beside the generated ones, to listen to."""

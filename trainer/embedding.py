@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def train_embedder(
     """Trains the two towers on the training clips of `corpus` and saves them in `folder`.
 
     Clips with captions are contrasted with one of theirs at random, as in CLIP (Radford et al. 2021). Where clips lack
-    captions, two views of each are contrasted too; where all do, prompts mean nothing: the text tower stays as it began.
-    Pretrained embedders are not trained; a note of their weights is saved.
+    captions, two views of each are contrasted too; where all do, the text tower stays as it began and prompts mean
+    nothing. Pretrained embedders are not trained; a note of their weights is saved.
 
     Returns what the manifest says: whether it was trained, and on captions, the last loss, and how well validation
     clips find their caption. Raises UserError for weights that cannot be used, or for audio that has changed.
@@ -99,7 +100,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(towers.parameters(), config.learning_rate, BETAS, weight_decay=WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
 
-    def steps(self):
+    def steps(self) -> Iterator[float]:
         """Takes the configured steps and yields the mean loss of the last few after each."""
         losses: list[float] = []
         order = torch.empty(0, dtype=torch.long)
@@ -185,7 +186,9 @@ def retrieval(towers: TwoTowers, examples: Examples, window: int) -> dict[str, f
     }
 
 
-def _examples(corpus: Path, clips: list[Clip], towers: TwoTowers, seed: int, report=lambda done, total: None) -> Examples:
+def _examples(
+    corpus: Path, clips: list[Clip], towers: TwoTowers, seed: int, report=lambda done, total: None
+) -> Examples:
     """The features of clips, or of as many drawn by `seed` as the memory set aside holds."""
     frames = int(clips[0].seconds * MEL_HZ)
     clips = some(clips, max(1, FEATURE_BYTES // (2 * frames * BANDS)), seed)

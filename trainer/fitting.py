@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,15 @@ def semantic_features(
         yield done / len(clips), encoder.features(waves).flatten(0, 1).cpu()
 
 
-def _fit(vectors, config: KMeansConfig, seed: int, name: str, report) -> tuple[ResidualKMeans, list[float]]:
+def _fit(
+    vectors: Iterator[tuple[float, Tensor]],
+    config: KMeansConfig,
+    seed: int,
+    name: str,
+    report: Callable[[float, str], None],
+) -> tuple[ResidualKMeans, list[float]]:
     """A residual k-means fitted to a stream of (share done, vectors); reading and fitting count for half each."""
-    share, first = next(vectors)
+    _, first = next(vectors)
     quantizer = ResidualKMeans(config.levels, config.codebook_size, first.shape[1])
 
     def stream() -> Iterator[Tensor]:

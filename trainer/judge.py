@@ -102,8 +102,8 @@ class Ear:
         fundamental, salience = self._fundamental(power, spectrum)
         partials = self._partials(spectrum, fundamental)
         return {
-            "levels": _quantiles(octaves, (0.2, 0.5, 0.9)),
-            "changes": _quantiles(octaves[CHANGE_FRAMES:] - octaves[:-CHANGE_FRAMES], (0.1, 0.3, 0.5, 0.7, 0.9)),
+            "levels": _quantiles(octaves, (0.2, 0.5, 0.8, 0.95)),
+            "changes": _quantiles(octaves[CHANGE_FRAMES:] - octaves[:-CHANGE_FRAMES], (0.05, 0.2, 0.5, 0.8, 0.95)),
             "pitch": _pitch(fundamental, salience),
             "harmonics": _harmonics(partials, salience),
             "decay": _decay(partials, fundamental),

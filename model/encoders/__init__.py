@@ -43,4 +43,6 @@ def encoder_fingerprint(config: CodecConfig | SemanticEncoderConfig | JointEmbed
     from model.encoders.pretrained import DEFAULT_WEIGHTS, weights_digest
 
     pretrained = config.kind in DEFAULT_WEIGHTS
-    return fingerprint(config.model_dump(mode="json"), weights_digest(config.kind, config.weights) if pretrained else None)
+    return fingerprint(
+        config.model_dump(mode="json"), weights_digest(config.kind, config.weights) if pretrained else None
+    )

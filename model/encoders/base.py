@@ -1,8 +1,8 @@
 """What every encoder is, whichever weights it has.
 
 Waveforms are mono float32 in [-1, 1], `[batch, samples]`. Frame t of anything at `rate` Hz describes the samples of
-[t / rate, (t + 1) / rate): encoders centre their analysis windows on that interval and pad inside, so all of them run on
-one clock and a wave of `seconds` gives floor(seconds × rate) frames.
+[t / rate, (t + 1) / rate): encoders centre their analysis windows on that interval and pad inside, so all of them run
+on one clock and a wave of `seconds` gives floor(seconds × rate) frames.
 """
 
 from __future__ import annotations

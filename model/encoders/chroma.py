@@ -31,7 +31,8 @@ class MelChroma:
     def __init__(self, config: SemanticEncoderConfig) -> None:
         if config.sample_rate % (2 * config.frame_rate):
             raise UserError(
-                f"encoders.semantic.frame_rate {config.frame_rate} must divide half of sample_rate {config.sample_rate}."
+                f"encoders.semantic.frame_rate {config.frame_rate} must divide half of sample_rate "
+                f"{config.sample_rate}."
             )
         self.sample_rate = config.sample_rate
         self.rate_hz = float(config.frame_rate)

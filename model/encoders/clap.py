@@ -59,7 +59,10 @@ class ClapEmbedder:
         parts = []
         for part in wave.split(BATCH):
             inputs = self.extractor(
-                list(part.double().numpy()), sampling_rate=self.sample_rate, truncation="rand_trunc", return_tensors="pt"
+                list(part.double().numpy()),
+                sampling_rate=self.sample_rate,
+                truncation="rand_trunc",
+                return_tensors="pt",
             )
             mel = inputs["input_features"].float().to(self.model.device)
             parts.append(self.model.get_audio_features(input_features=mel).cpu())
@@ -92,13 +95,12 @@ def _check(found, config: JointEmbedderConfig, extractor) -> None:
     """Raises UserError where the recipe and the weights do not fit."""
     if found.audio_config.enable_fusion:
         raise UserError(f"{weights_key('clap')}: CLAP with fusion is not supported: choose an unfused checkpoint.")
-    if config.sample_rate != extractor.sampling_rate:
-        raise UserError(
-            f"encoders.joint.sample_rate is {config.sample_rate}, but these CLAP weights want {extractor.sampling_rate}."
-        )
+    rate, longest = extractor.sampling_rate, extractor.max_length_s
+    if config.sample_rate != rate:
+        raise UserError(f"encoders.joint.sample_rate is {config.sample_rate}, but these CLAP weights want {rate}.")
     if config.dim != found.projection_dim:
         raise UserError(f"encoders.joint.dim is {config.dim}, but these CLAP weights give {found.projection_dim}.")
-    if config.window_seconds > extractor.max_length_s:
+    if config.window_seconds > longest:
         raise UserError(
-            f"encoders.joint.window_seconds is {config.window_seconds:g}, but CLAP hears {extractor.max_length_s} s at most."
+            f"encoders.joint.window_seconds is {config.window_seconds:g}, but CLAP hears {longest} s at most."
         )

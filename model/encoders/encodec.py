@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from model.config import CodecConfig
-from model.encoders.pretrained import load_pretrained, save_note, weights_folder
+from model.encoders.pretrained import load_pretrained, save_note, weights_folder, weights_key
 from model.errors import UserError
 from model.fields import ACOUSTIC, TokenField
 
 
 class EncodecCodec:
-    """Mono EnCodec at the bandwidth that gives `config.quantizers` codebooks, always in fp32: bf16 changes most codes."""
+    """Mono EnCodec at the bandwidth with `config.quantizers` codebooks; always in fp32, as bf16 changes most codes."""
 
     def __init__(self, config: CodecConfig) -> None:
         """Raises UserError where there are no weights, or where they are not what `config` says."""
@@ -59,7 +59,9 @@ class EncodecCodec:
 def _bandwidth(found, config: CodecConfig) -> float:
     """The bandwidth (kbps) with `config.quantizers` codebooks. Raises UserError where the recipe does not fit."""
     if found.audio_channels != 1 or found.normalize or found.chunk_length_s:
-        raise UserError("encoders.codec.weights: only mono EnCodec without normalisation or chunks (24 kHz) is supported.")
+        raise UserError(
+            "encoders.codec.weights: only mono EnCodec without normalisation or chunks (24 kHz) is supported."
+        )
     rate = found.sampling_rate / found.hop_length
     for key, value, wanted in (
         ("sample_rate", config.sample_rate, found.sampling_rate),
@@ -72,6 +74,7 @@ def _bandwidth(found, config: CodecConfig) -> float:
     choices = {int(1000 * kbps // (rate * bits)): kbps for kbps in found.target_bandwidths}
     if config.quantizers not in choices:
         raise UserError(
-            f"encoders.codec.quantizers is {config.quantizers}: EnCodec has {', '.join(map(str, choices))} at its bandwidths."
+            f"encoders.codec.quantizers is {config.quantizers}: at its bandwidths these EnCodec weights have "
+            f"{', '.join(map(str, choices))}."
         )
     return choices[config.quantizers]

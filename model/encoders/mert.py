@@ -68,7 +68,8 @@ def _check(found, config: SemanticEncoderConfig, sample_rate: int, hop: int) -> 
         raise UserError(f"encoders.semantic.sample_rate is {config.sample_rate}, but these weights want {sample_rate}.")
     if config.frame_rate * hop != sample_rate:
         raise UserError(
-            f"encoders.semantic.frame_rate is {config.frame_rate}, but these weights give {sample_rate / hop:g} a second."
+            f"encoders.semantic.frame_rate is {config.frame_rate}, but these weights give {sample_rate / hop:g} frames "
+            "a second."
         )
     if not 1 <= config.layer <= found.num_hidden_layers:
         raise UserError(f"encoders.semantic.layer is {config.layer}: there are layers 1 to {found.num_hidden_layers}.")

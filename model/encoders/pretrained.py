@@ -39,7 +39,8 @@ def weights_folder(kind: str, weights: str | None) -> Path:
         folder = _cached(name, weights_key(kind))
     if not (folder / CONFIG).is_file() or not any((folder / file).is_file() for file in WEIGHTS):
         raise UserError(
-            f"{weights_key(kind)}: {folder} needs {CONFIG} and {WEIGHTS[0]} (or {WEIGHTS[2]}), as transformers save them."
+            f"{weights_key(kind)}: {folder} needs {CONFIG} and {WEIGHTS[0]} (or {WEIGHTS[2]}), as transformers save "
+            "them."
         )
     return folder
 
@@ -49,14 +50,14 @@ def weights_digest(kind: str, weights: str | None) -> str:
 
     Raises UserError where `weights_folder` does.
     """
-    folder = weights_folder(kind, weights)
-    if not Path(weights or "").expanduser().is_dir() or not weights:
-        return fingerprint(weights or DEFAULT_WEIGHTS[kind], folder.name)  # a snapshot is named by its revision
+    name, folder = weights or DEFAULT_WEIGHTS[kind], weights_folder(kind, weights)
+    if folder != Path(name).expanduser():
+        return fingerprint(name, folder.name)  # the cache names a snapshot by its revision
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".bin", ".txt")]
     return fingerprint({path.name: file_digest(path) for path in files})
 
 
-def load_pretrained(model_class: Any, kind: str, folder: Path, config: Any) -> torch.nn.Module:
+def load_pretrained(model_class: Any, kind: str, folder: Path, config: Any) -> Any:
     """A transformers model for inference in fp32, on the GPU where there is one.
 
     `config` is its configuration, which may ask for fewer layers than there are weights. No code from the folder is run
@@ -64,7 +65,12 @@ def load_pretrained(model_class: Any, kind: str, folder: Path, config: Any) -> t
     """
     try:
         model, found = model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True, weights_only=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            weights_only=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{weights_key(kind)}: the weights in {folder} do not load: {error}") from None

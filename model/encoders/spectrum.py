@@ -18,6 +18,8 @@ def stft_frames(wave: Tensor, window: Tensor, hop: int) -> Tensor:
     margin = len(window) - hop
     frames = wave.shape[-1] // hop
     wave = wave[..., : frames * hop]
+    if not frames:
+        return wave.new_zeros(len(wave), 0, len(window) // 2 + 1, dtype=torch.complex64)
     if wave.shape[-1] <= margin:  # too short to reflect
         wave = F.pad(wave, (margin // 2, margin - margin // 2))
     else:

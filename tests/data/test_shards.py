@@ -18,8 +18,8 @@ MEMORY = Path("/dev/shm")
 def record(number: int) -> dict[str, Any]:
     codes = np.arange(12, dtype=np.uint16).reshape(4, 3) + number
     return {
-        "id": f"clip-{number}", "captions": '["a \\u00e9"]' if number % 2 else "[]", "conditioning": codes[:1], "semantic": codes[:, :1],
-        "acoustic": codes, "text_conditioning": codes[: number % 2],
+        "id": f"clip-{number}", "captions": '["a \\u00e9"]' if number % 2 else "[]", "conditioning": codes[:1],
+        "semantic": codes[:, :1], "acoustic": codes, "text_conditioning": codes[: number % 2],
     }  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from launcher import cli
+
+COMMANDS = (
+    "run", "plan", "status", "inspect", "corpus", "fit", "tokenize", "train", "export", "generate",
+)  # fmt: skip
+
+
+@pytest.fixture
+def stretto(monkeypatch, capfd):
+    """Runs the command in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stretto", *arguments])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capfd.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return call
+
+
+def test_the_bare_command_shows_its_help(stretto):
+    _, out, err = stretto()
+    assert all(command in out + err for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(stretto, command):
+    code, out, _ = stretto(command, "--help")
+    assert code == 0
+    assert "Usage: stretto" in out
+
+
+def test_the_version_is_shown(stretto):
+    assert stretto("--version")[:2] == (0, f"stretto {version('stretto')}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], "Did you mean 'run'?"),
+        (["run", "quickstrat"], "error: there is no recipe 'quickstrat'. Did you mean quickstart?"),
+        (["run", "quickstart", "data.clipz=1"], "error: data.clipz is not a key of a recipe. Did you mean clips?"),
+        (
+            ["run", "quickstart", "--dry-run", "--only", "corups"],
+            "error: there is no stage 'corups'. Did you mean corpus?",
+        ),
+        (["plan", "quickstart", "seed=x"], "error: seed is 'x': it must be a whole number."),
+        (["status", "nowhere"], "error: nowhere is not a run folder"),
+        (["train", "semantik", "--run", "nowhere"], "Did you mean semantic?"),
+        (["fit", "codek", "--run", "nowhere"], "Did you mean codec?"),
+        (["tokenize", "--run", "nowhere"], "error: nowhere is not a run folder"),
+        (["export", "nowhere", "out"], "error: nowhere is not a run folder"),
+        (["generate", "nowhere"], "error: name what to play"),
+        (["generate", "nowhere", "a flute", "-o", "out.mp3"], "error: out.mp3: name a file that ends in .wav with -o."),
+        (["corpus", "."], "error: . is there already: name a new folder"),
+        (["run", "quickstart", "-o", "file"], "error: file is a file: choose another folder with -o."),
+    ],
+)
+def test_a_users_mistake_is_a_plain_line_and_exit_code_2(stretto, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, _, err = stretto(*arguments)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_dry_run_says_what_it_would_build_and_makes_nothing(stretto, tmp_path):
+    code, out, _ = stretto("run", "quickstart", "-o", str(tmp_path / "run"), "--dry-run")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()][:2] == [["corpus", "build"], ["codec", "build"]]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_is_made_whole(stretto, tmp_path):
+    folder = tmp_path / "corpus"
+    code, out, _ = stretto("corpus", str(folder), "--clips", "16", "--seed", "3")
+    assert (code, out) == (0, f"{folder}: 16 clips\n")
+    assert stretto("inspect", str(folder))[0] == 0
+    next((folder / "audio").iterdir()).unlink()
+    assert stretto("inspect", str(folder))[0] == 1
+
+
+def test_the_command_does_not_wait_for_torch(tmp_path):
+    script = (
+        "import sys; sys.argv = ['stretto', 'run', 'quickstart', '-o', sys.argv[1], '--dry-run']\n"
+        "from launcher.cli import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "False", result.stderr

@@ -1,0 +1,77 @@
+"""The reference of recipes names every key there is, with its default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.config import DataConfig
+from launcher.recipe import EvaluationConfig, Recipe
+from model.config import (
+    CodecConfig,
+    ConditionConfig,
+    Config,
+    JointEmbedderConfig,
+    KMeansConfig,
+    SamplingConfig,
+    SemanticEncoderConfig,
+    StageModelConfig,
+    TransformerConfig,
+)
+from trainer.config import TrainConfig
+
+DOCS = Path(__file__).parents[2] / "docs"
+TABLES = {
+    "Top level": Recipe,
+    "`data`": DataConfig,
+    "`codec`": CodecConfig,
+    "`semantic`": SemanticEncoderConfig,
+    "`joint`": JointEmbedderConfig,
+    "`quantizers`": KMeansConfig,
+    "`model`": StageModelConfig,
+    "`model.conditions`": ConditionConfig,
+    "`model.transformer`": TransformerConfig,
+    "`train`": TrainConfig,
+    "`sampling`": SamplingConfig,
+    "`evaluation`": EvaluationConfig,
+}
+
+
+def rows(heading: str) -> dict[str, str]:
+    """Key → default of the first table after a line that begins with `heading`."""
+    text = (DOCS / "recipes.md").read_text()
+    after = re.split(rf"(?m)^(?:## )?{re.escape(heading)}(?=[\s,:]|$)", text)[1]
+    table = after[after.index("| key") :].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
+    return dict(pair for names, defaults in cells for pair in _pairs(names, defaults))
+
+
+def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
+    keys = [key.strip("` ") for key in names.split(",")]
+    yield from zip(keys, [part.strip() for part in defaults.split(",")] if len(keys) > 1 else [defaults], strict=True)
+
+
+@pytest.mark.parametrize(("heading", "config"), TABLES.items(), ids=TABLES.keys())
+def test_every_key_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
+    documented = rows(heading)
+    sections = {"data", "encoders", "quantizers", "stages", "sampling", "evaluation"} if config is Recipe else set()
+    assert set(documented) - {"stage_defaults"} == set(config.model_fields) - sections
+    for key, shown in documented.items():
+        field = config.model_fields.get(key)
+        if field is None or shown == "–" or config is SamplingConfig:
+            continue
+        default: Any = list(field.default) if isinstance(field.default, tuple) else field.default
+        assert (yaml.safe_load(shown) if shown != "empty" else "") == default, key
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in DOCS.glob("*.md"):
+        for target, anchor in re.findall(r"\]\(([\w./-]+)(#[\w-]+)?\)", page.read_text()):
+            assert (DOCS / target).is_file(), (page.name, target)
+            headings = re.findall(r"(?m)^#+ (.+)$", (DOCS / target).read_text())
+            assert not anchor or anchor[1:] in [heading.lower().replace(" ", "-") for heading in headings]

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.graph import origins, plan_stages, state_of
+from launcher.recipe import Recipe, load_recipe
+from launcher.run_folder import RunFolder
+from launcher.stages import STAGES
+from model import artifact
+from model.errors import UserError
+
+ALL = [stage.name for stage in STAGES]
+
+
+def make_all(run: Path, recipe: Recipe) -> None:
+    """Puts empty but whole artifacts of every stage in `run`, as a finished run would."""
+    with RunFolder.opened(run, recipe) as folder:
+        folder.adopt(recipe)
+        for stage, origin in zip(STAGES, origins(recipe).values(), strict=True):
+            with artifact.create(run / stage.name, stage.makes, origin.fingerprint) as (partial, _):
+                (partial / "file").write_text(stage.name)
+            folder.record(stage.name, state="done", made_from=origin.to_json())
+
+
+def changed(*overrides: str) -> set[str]:
+    """The stages whose fingerprints these overrides change."""
+    before, after = origins(load_recipe("quickstart")), origins(load_recipe("quickstart", overrides))
+    return {name for name in before if before[name].fingerprint != after[name].fingerprint}
+
+
+TRAINED = {"semantic", "coarse", "fine"}
+END = {"bundle", "samples"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.clips=100"], set(ALL)),
+        (["seed=1"], set(ALL)),
+        (["encoders.codec.codebook_size=128"], {"codec", "tokens"} | TRAINED | END),
+        (["encoders.joint.steps=7"], {"embedding", "quantizers", "tokens"} | TRAINED | END),
+        (["encoders.joint.hop_seconds=2"], {"quantizers", "tokens"} | TRAINED | END),
+        (["quantizers.semantic.codebook_size=32"], {"quantizers", "tokens"} | TRAINED | END),
+        (["stages.coarse.train.steps=700"], {"coarse"} | END),
+        (["stages.fine.model.transformer.layers=2"], {"fine"} | END),
+        (["sampling.cfg.fine=3"], END),
+        (["evaluation.prompts=3"], {"samples"}),
+    ],
+)
+def test_a_changed_key_changes_what_depends_on_it_and_nothing_else(overrides, expected):
+    assert changed(*overrides) == expected
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=other",
+        "description=words",
+        "parallel=3",
+        "data.silence_db=-50",  # the built-in corpus has no silence
+        "stage_defaults.train.ranks=1",
+        "stage_defaults.train.micro_batch=2",
+        "stage_defaults.train.workers=1",
+        "stage_defaults.train.log_every=3",
+        "stage_defaults.train.validate_every=3",
+        "stage_defaults.train.checkpoint_every=3",
+        "stage_defaults.train.keep_checkpoints=3",
+    ],
+)
+def test_where_and_how_often_changes_nothing(override):
+    assert changed(override) == set()
+
+
+def test_a_changed_file_of_the_users_changes_the_corpus(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"one")
+    recipe = load_recipe("quickstart", [f"data.audio={tmp_path}"])
+    before = origins(recipe)["corpus"].fingerprint
+    (tmp_path / "b.wav").write_bytes(b"two")
+    assert origins(recipe)["corpus"].fingerprint != before
+
+
+def test_a_new_folder_lacks_everything_and_a_finished_one_nothing(tmp_path):
+    recipe = load_recipe("quickstart")
+    assert {state.state for state in state_of(tmp_path / "run", recipe).values()} == {"missing"}
+    make_all(tmp_path / "run", recipe)
+    assert all(state.done for state in state_of(tmp_path / "run", recipe).values())
+
+
+def test_an_outdated_stage_says_which_key_or_input_changed(tmp_path):
+    make_all(tmp_path, load_recipe("quickstart"))
+    states = state_of(tmp_path, load_recipe("quickstart", ["stages.coarse.train.steps=700"]))
+    assert [name for name, state in states.items() if not state.done] == ["coarse", "bundle", "samples"]
+    assert states["coarse"].reasons == ("stages.coarse.train.steps: 600 → 700",)
+    assert states["bundle"].reasons == ("coarse changed",)
+
+
+def test_a_file_that_is_gone_makes_its_stage_outdated(tmp_path):
+    recipe = load_recipe("quickstart")
+    make_all(tmp_path, recipe)
+    (tmp_path / "codec" / "file").unlink()
+    states = state_of(tmp_path, recipe)
+    assert states["codec"].state == "outdated"
+    assert "file is missing" in states["codec"].reasons[0]
+    assert states["tokens"].done  # it would be made of the same
+
+
+def test_checkpoints_are_gone_on_with_only_when_they_fit(tmp_path):
+    recipe = load_recipe("quickstart")
+    (tmp_path / "coarse" / "checkpoints" / "step-00000020").mkdir(parents=True)
+    artifact.write_json(tmp_path / "coarse" / "stage.json", {"fingerprint": origins(recipe)["coarse"].fingerprint})
+    assert state_of(tmp_path, recipe)["coarse"].state == "partial"
+    other = load_recipe("quickstart", ["stages.coarse.train.steps=700"])
+    assert state_of(tmp_path, other)["coarse"].state == "outdated"
+
+
+def test_only_builds_what_it_names_and_says_what_else_it_needs(tmp_path):
+    recipe = load_recipe("quickstart")
+    states = state_of(tmp_path, recipe)
+    assert [stage.name for stage in plan_stages(states, [])] == ALL
+    assert [stage.name for stage in plan_stages(states, ["codec", "corpus"])] == ["corpus", "codec"]
+    with pytest.raises(UserError, match="stage 'embedding' needs corpus, which is not up to date"):
+        plan_stages(states, ["embedding"])
+    with pytest.raises(UserError, match="Did you mean corpus"):
+        plan_stages(states, ["corups"])

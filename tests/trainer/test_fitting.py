@@ -1,0 +1,122 @@
+"""Fitting the codec and the quantizers: from a corpus folder to what the next stages load."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+from data.corpus import TRAIN, VALIDATION, Clip, write_clips
+from data.progress import Progress
+from model.config import CodecConfig, EncodersConfig, JointEmbedderConfig, KMeansConfig, QuantizersConfig
+from model.encoders import load_codec
+from model.encoders.towers import TwoTowers, fit_tokenizer
+from model.fields import TokenField
+from model.kmeans import ResidualKMeans
+from trainer.fitting import fit_codec, fit_quantizers, read_waves, some
+
+RATE = 16_000
+NOTES = (110, 165, 220, 330, 440, 660)
+CODEC = CodecConfig(quantizers=3, codebook_size=32, fit_clips=12)
+JOINT = JointEmbedderConfig(dim=16, width=64, window_seconds=1.0, hop_seconds=0.5)
+QUANTIZERS = QuantizersConfig(
+    conditioning=KMeansConfig(levels=3, codebook_size=8), semantic=KMeansConfig(levels=1, codebook_size=16)
+)
+
+
+def melody(random: np.random.Generator) -> np.ndarray:
+    """Two seconds of eight decaying notes."""
+    time = np.arange(RATE // 4) / RATE
+    notes = [np.sin(2 * np.pi * random.choice(NOTES) * time) * np.exp(-6 * time) for _ in range(8)]
+    return (0.4 * np.concatenate(notes)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    clips = []
+    for index in range(20):
+        soundfile.write(folder / f"{index}.flac", melody(random), RATE)
+        split = TRAIN if index < 16 else VALIDATION
+        clips.append(Clip(str(index), f"{index}.flac", 0.0, 2.0, ("plucked notes", f"melody {index}"), split))
+    write_clips(folder, clips)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedding")
+    torch.manual_seed(0)
+    TwoTowers(JOINT, fit_tokenizer(["plucked notes", "melody 12"], 60)).save(folder)
+    return folder
+
+
+def test_codec_is_fitted_and_saved(corpus, tmp_path):
+    info = fit_codec(corpus, CODEC, 0, tmp_path, Progress())
+    assert info["field"] == TokenField("acoustic", 25, 3, 32).to_json()
+    assert len(info["variance_left"]) == 3
+    assert info["variance_left"] == sorted(info["variance_left"], reverse=True)
+    assert info["variance_left"][-1] < 0.2
+    codec = load_codec(tmp_path, CODEC)
+    wave = torch.from_numpy(melody(np.random.default_rng(5)))[None]
+    again = codec.decode(codec.encode(wave))
+    loudness = [x.view(-1, 800).square().mean(1).sqrt() for x in (wave, again)]
+    assert np.corrcoef(*loudness)[0, 1] > 0.9  # the notes begin and fade where they did
+    assert codec.decode(codec.encode(torch.zeros(1, RATE))).abs().max() < 0.02
+
+
+def test_fits_are_the_same_for_a_seed(corpus, embedding, tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        seed = 1 if name == "three" else 0
+        fit_codec(corpus, CODEC, seed, tmp_path / name, Progress())
+        fit_quantizers(corpus, embedding, EncodersConfig(joint=JOINT), QUANTIZERS, seed, tmp_path / name, Progress())
+    for file in ("codec.safetensors", "quantizers.safetensors"):
+        one, two, three = ((tmp_path / name / file).read_bytes() for name in ("one", "two", "three"))
+        assert one == two != three
+
+
+def test_quantizers_of_audio_and_text(corpus, embedding, tmp_path):
+    encoders = EncodersConfig(joint=JOINT)
+    info = fit_quantizers(corpus, embedding, encoders, QUANTIZERS, 0, tmp_path, Progress(tmp_path / "p" / "q.json"))
+    centroids = load_file(tmp_path / "quantizers.safetensors")
+    assert centroids["conditioning"].shape == (3, 8, 16)
+    assert centroids["semantic"].shape == (1, 16, 92)
+    for name, levels in (("conditioning", 3), ("semantic", 1)):
+        assert info[name]["levels"] == len(info[name]["variance_left"]) == levels
+        assert info[name]["dim"] == centroids[name].shape[2]
+    # Both kinds of embedding find centroids near them, though they lie apart.
+    towers = TwoTowers.load(embedding, JOINT)
+    quantizer = ResidualKMeans.from_centroids(centroids["conditioning"])
+    audio = towers.embed_audio(torch.from_numpy(melody(np.random.default_rng(7)))[None, :RATE])
+    for vectors in (audio, towers.embed_text(["plucked notes"])):
+        assert (quantizer.decode(quantizer.encode(vectors)) - vectors).norm() < 0.35
+
+
+def test_quantizers_without_captions(corpus, embedding, tmp_path):
+    clips = [Clip(str(i), str(corpus / f"{i}.flac"), 0.0, 2.0, (), TRAIN) for i in range(6)]
+    write_clips(tmp_path, clips)
+    info = fit_quantizers(tmp_path, embedding, EncodersConfig(joint=JOINT), QUANTIZERS, 0, tmp_path, Progress())
+    assert info["conditioning"]["variance_left"][-1] < 0.5
+
+
+def test_waves_come_in_order_and_resampled(corpus):
+    clips = [Clip(str(i), f"{i}.flac", 0.5, 0.25, (), TRAIN) for i in range(7)]
+    batches = list(read_waves(corpus, clips, 8_000))
+    assert [done for done, _ in batches] == [7]
+    assert batches[0][1].shape == (7, 2_000)
+    long = [Clip(str(i), f"{i}.flac", 0.0, 2.0, (), TRAIN) for i in (3, 1, 2)]
+    waves = torch.cat([wave for _, wave in read_waves(corpus, long * 30, RATE)])
+    assert [done for done, _ in read_waves(corpus, long * 30, RATE)] == [40, 80, 90]
+    assert torch.equal(waves[:3].repeat(30, 1), waves)
+    assert not torch.equal(waves[0], waves[1])
+
+
+def test_some_are_drawn_in_order():
+    drawn = some(list(range(100)), 10, 0)
+    assert drawn == sorted(drawn) == some(list(range(100)), 10, 0)
+    assert len(drawn) == 10
+    assert some([1, 2], 10, 0) == [1, 2]
