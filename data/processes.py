@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from model.errors import UserError
 
@@ -26,17 +27,19 @@ def die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turns what the user can put right into one plain "error: …" on stderr and exit code 2; all else is raised."""
+def plain_errors(folder: Path | None = None) -> Iterator[None]:
+    """Turns what the user can put right into one plain "error: …" on stderr and exit code 2; all else is raised.
+
+    `folder` is where the work is written: its disk is named when it is full.
+    """
     try:
         yield
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        message = disk_full(error)
-        if message is None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail(message)
+        fail(disk_full(folder or error.filename))
 
 
 def fail(message: str) -> None:
@@ -45,9 +48,7 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def disk_full(error: OSError) -> str | None:
-    """What to say of an `error` that means that a disk or a quota is full; None for any other."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    where = f"the disk of {error.filename}" if error.filename else "a disk"
+def disk_full(place: Path | str | None) -> str:
+    """What to say when the disk of `place`, or its user's share of it, is full."""
+    where = f"the disk of {place}" if place else "a disk"
     return f"{where} is full: make room, then run the same command again. What is finished is kept."

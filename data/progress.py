@@ -1,4 +1,4 @@
-"""How long work tells where it is: one small file, which the launcher's progress bars and `stretto status` both read."""
+"""How long work tells where it is: one small file, read by the launcher's progress bars and `stretto status`."""
 
 from __future__ import annotations
 

@@ -198,7 +198,8 @@ def generate(
 def _run(recipe: Any, path: Path, only: list[str], dry_run: bool) -> None:
     from launcher.runner import run as run_recipe
 
-    code = run_recipe(recipe, path, only, dry_run, Console())
+    with plain_errors(path):
+        code = run_recipe(recipe, path, only, dry_run, Console())
     if code:
         raise typer.Exit(code)
 

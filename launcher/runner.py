@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from data.processes import disk_full
 from launcher.display import Display
 from launcher.graph import STAGE_FILE, Origin, StageState, origins, plan_stages, problems, state_of
 from launcher.processes import Machine, environment, stage_command, start
@@ -34,6 +36,8 @@ INTERRUPTED = 130
 SAVED = 75
 """What a rank ends with that something else told to stop and that has saved (EX_TEMPFAIL)."""
 BUSY_PORT = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+FULL_BYTES = 1_000_000
+"""A disk with less free is full, whatever the library that failed on it says."""
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?)$")
 
@@ -265,8 +269,8 @@ class Execution:
     def _fail(self, job: Job, code: int) -> None:
         output = job.output()
         message = user_message(output) if code == 2 else None
-        if DISK_FULL.search(output):
-            message = f"the disk of {self.folder.path} is full: make room, then run the same command again."
+        if DISK_FULL.search(output) or shutil.disk_usage(self.folder.path).free < FULL_BYTES:
+            message = disk_full(self.folder.path)
         if message is not None:
             self._note_failure(job.stage.name, message, job, 2)
         else:

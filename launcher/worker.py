@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with plain_errors():
+    with plain_errors(arguments.run):
         progress = Progress(arguments.run / "progress" / f"{arguments.stage}.json")
         made_from = read_state(arguments.run)["stages"].get(arguments.stage, {}).get("made_from")
         if made_from is None:

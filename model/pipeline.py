@@ -103,22 +103,14 @@ class MusicPipeline:
         cfg: float | PerStage | None = None,
         on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> Samples:
-        """Music for each of `prompts`, or in the manner of each wave of `like` `[clips, samples]` at the embedder's rate.
+        """Music for each of `prompts`, or in the manner of each wave of `like [clips, samples]` at the embedder's rate.
 
         `seconds` is the semantic stage's window when not given; longer music is made by windows that slide. A number
         for `temperature`, `top_k` or `cfg` holds for all stages, a mapping for those it names, and the bundle's own
         values for the rest. Clip i is a function of its prompt and `seed + i` alone. `on_step(stage, done, total)`
         reports. Raises UserError for text where the bundle was trained without captions.
         """
-        if (prompts is None) == (like is None):
-            raise ValueError("give either prompts or like")
-        if prompts is not None and not self.captions:
-            raise UserError(
-                "This bundle was trained without captions, so it cannot follow words: give it a recording to resemble "
-                "(`stretto generate --like A.wav`)."
-            )
-        vectors = self.embedder.embed_text(prompts) if prompts is not None else self.embedder.embed_audio(like)
-        conditioning = self.quantizer.encode(vectors.cpu())[:, None]
+        conditioning = self.quantizer.encode(self._embed(prompts, like).cpu())[:, None]
         seconds = self.window_seconds if seconds is None else seconds
         samplers = self._samplers(temperature, top_k, cfg)
         waves = [
@@ -126,6 +118,19 @@ class MusicPipeline:
             for codes in self._acoustic_codes(conditioning, seconds, seed, samplers, on_step)
         ]
         return Samples(torch.cat(waves).clamp(-1, 1), self.codec.sample_rate)
+
+    def _embed(self, prompts: list[str] | None, like: Tensor | None) -> Tensor:
+        """Unit vectors `[clips, dim]` of what the music is to follow."""
+        if prompts is not None and like is None:
+            if not self.captions:
+                raise UserError(
+                    "This bundle was trained without captions, so it cannot follow words: give it a recording to "
+                    "resemble (`stretto generate BUNDLE --like A.wav`)."
+                )
+            return self.embedder.embed_text(prompts)
+        if like is not None and prompts is None:
+            return self.embedder.embed_audio(like)
+        raise ValueError("give either prompts or like")
 
     @property
     def window_seconds(self) -> float:
@@ -158,7 +163,7 @@ class MusicPipeline:
         samplers: dict[StageName, Sampler],
         on_step: Callable[[str, int, int], None],
     ) -> Iterator[Tensor]:
-        """Codes `[clips, frames, quantizers]` of every field's last word, a batch of clips at a time."""
+        """The codes that the codec decodes, `[clips, frames, quantizers]`, a batch of clips at a time."""
         batches = conditioning.split(BATCH)
         for number, rows in enumerate(batches):
             first = seed + number * BATCH
@@ -168,17 +173,13 @@ class MusicPipeline:
                 # Whole-size from the start: the coarse and the fine stage fill in their own quantizers.
                 shape = (len(rows), field.frames(seconds), field.quantizers)
                 whole = codes.setdefault(field.name, torch.zeros(shape, dtype=torch.long, device=self._device))
-                made = generate_stage(
-                    stage,
-                    codes,
-                    seconds,
-                    samplers[name],
-                    # No two stages draw the same random numbers.
-                    seeds=[(first + clip) * len(self.stages) + index for clip in range(len(rows))],
-                    on_step=lambda done, total, name=name, number=number: on_step(
-                        name, number * total + done, len(batches) * total
-                    ),
-                )
+                # No two stages draw the same random numbers.
+                seeds = [(first + clip) * len(self.stages) + index for clip in range(len(rows))]
+
+                def report(done: int, total: int, name: str = name, number: int = number) -> None:
+                    on_step(name, number * total + done, len(batches) * total)
+
+                made = generate_stage(stage, codes, seconds, samplers[name], seeds, on_step=report)
                 whole[..., stage.quantizers.start : stage.quantizers.stop] = made
             yield codes[ACOUSTIC]
 

@@ -141,10 +141,11 @@ def generate_stage(
             for c in stage.conditions
         }
         known = codes[:, first:done] if done > first else None
-        codes[:, first:end] = generate_window(
-            stage, cut, end - first, sampler, uniform[:, first:end], known,
-            lambda step, steps, number=number: on_step(number * steps + step, len(starts) * steps),
-        )  # fmt: skip
+
+        def report(step: int, steps: int, number: int = number) -> None:
+            on_step(number * steps + step, len(starts) * steps)
+
+        codes[:, first:end] = generate_window(stage, cut, end - first, sampler, uniform[:, first:end], known, report)
         done = end
     return codes
 

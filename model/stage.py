@@ -6,6 +6,7 @@ P prefix steps, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import floor
 
@@ -27,7 +28,8 @@ def code_offsets(config: StageModelConfig, fields: dict[str, TokenField]) -> dic
     embedded = [part for part in config.conditions if set(part.paths) & {"prefix", "aligned"}]
     offsets: dict[tuple[str, int], int] = {}
     end = START_ID + 1
-    for part in [config, *embedded]:
+    parts: list[StageModelConfig | ConditionConfig] = [config, *embedded]
+    for part in parts:
         for quantizer in quantizers_used(part, fields):
             if (part.field, quantizer) not in offsets:
                 offsets[part.field, quantizer] = end
@@ -44,6 +46,8 @@ def aligned_frames(pattern: Pattern, field: TokenField, target: TokenField, devi
 
 class Condition(nn.Module):
     """One field a stage conditions on, and the paths by which it enters the stream."""
+
+    centroids: Tensor
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class StageTransformer(nn.Module):
         offsets = code_offsets(config, fields)
         null_ids = max(offset + fields[name].codebook_size for (name, _), offset in offsets.items())
         self.embedding = nn.Embedding(null_ids + len(config.conditions), dim)
-        self.conditions = nn.ModuleList(
+        self.conditions: Sequence[Condition] = nn.ModuleList(  # type: ignore[assignment]
             Condition(part, fields, offsets, null_ids + index, dim, (centroid_dims or {}).get(part.field, 0))
             for index, part in enumerate(config.conditions)
         )

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from data.processes import die_with_parent
-
 from model.errors import UserError
 
 INTERRUPTED = 75

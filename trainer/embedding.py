@@ -187,7 +187,11 @@ def retrieval(towers: TwoTowers, examples: Examples, window: int) -> dict[str, f
 
 
 def _examples(
-    corpus: Path, clips: list[Clip], towers: TwoTowers, seed: int, report=lambda done, total: None
+    corpus: Path,
+    clips: list[Clip],
+    towers: TwoTowers,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examples:
     """The features of clips, or of as many drawn by `seed` as the memory set aside holds."""
     frames = int(clips[0].seconds * MEL_HZ)

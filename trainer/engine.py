@@ -31,7 +31,7 @@ def start_process_group() -> None:
     """Joins the ranks the launcher started, over NCCL where there are GPUs and gloo elsewhere."""
     # The deepspeed launcher sets LOCAL_SIZE; mosaicml-streaming reads LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    # DeepSpeed would compile a shared-memory all-reduce first, a minute on a small machine, which inference alone calls.
+    # DeepSpeed would compile a shared-memory all-reduce first, a minute on a small machine, that inference alone uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
@@ -76,7 +76,8 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, embeddings and null vectors do not."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.dim() >= 2 and not name.startswith("embedding.") else kept).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

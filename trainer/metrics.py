@@ -57,7 +57,8 @@ class MetricsWriter:
 
     def show(self, step: int, loss: float | None = None) -> None:
         """Moves the progress bar."""
-        self.progress.update(step, self.total, **({} if loss is None else {"loss": loss}))
+        figures: dict[str, float] = {} if loss is None else {"loss": loss}
+        self.progress.update(step, self.total, "", **figures)
 
     def close(self) -> None:
         self._file.close()

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from data.windows import window_loader
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data.progress import Progress
+from data.windows import window_loader
 from model import artifact
 from model.fields import CONDITIONING
 from trainer.checkpoint import Checkpointer

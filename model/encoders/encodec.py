@@ -60,7 +60,7 @@ def _bandwidth(found, config: CodecConfig) -> float:
     """The bandwidth (kbps) with `config.quantizers` codebooks. Raises UserError where the recipe does not fit."""
     if found.audio_channels != 1 or found.normalize or found.chunk_length_s:
         raise UserError(
-            "encoders.codec.weights: only mono EnCodec without normalisation or chunks (24 kHz) is supported."
+            f"{weights_key('encodec')}: only mono EnCodec without normalisation or chunks (24 kHz) is supported."
         )
     rate = found.sampling_rate / found.hop_length
     for key, value, wanted in (

@@ -141,7 +141,7 @@ class TextTower(nn.Module):
 
 @torch.no_grad()
 def rhythm(mel: Tensor) -> Tensor:
-    """How alike the onsets are to themselves some time later: `[batch, frames, BANDS]` → `[batch, ONSET_GROUPS × lags]`.
+    """How alike the onsets are to themselves a while later: `[batch, frames, BANDS]` → `[batch, ONSET_GROUPS × lags]`.
 
     Convolutions of a few hundred milliseconds cannot see a beat of 0.8 s; its period stands out here.
     """

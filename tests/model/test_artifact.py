@@ -24,9 +24,14 @@ def test_an_artifact_says_what_it_is(tmp_path):
 
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path):
     build(tmp_path / "corpus")
-    with pytest.raises(RuntimeError), artifact.create(tmp_path / "corpus", "corpus", "2") as (folder, _):
-        (folder / "half").write_text("x")
-        raise RuntimeError
+
+    def fail() -> None:
+        with artifact.create(tmp_path / "corpus", "corpus", "2") as (folder, _):
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert artifact.read(tmp_path / "corpus").fingerprint == "f" * 16
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
