@@ -7,8 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from data.processes import die_with_parent
-from model.errors import UserError
+from data.processes import die_with_parent, plain_errors
 
 INTERRUPTED = 75
 """Exit code of a rank that was told to stop and saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
@@ -21,7 +20,12 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     arguments = parser.parse_args()
     die_with_parent()
+    with plain_errors(arguments.run):
+        return train(arguments.run, arguments.stage)
 
+
+def train(run: Path, stage: str) -> int:
+    """Trains `stage` of `run` as one of its ranks and returns the exit code."""
     from torch import distributed
 
     from trainer.engine import Engine, start_process_group
@@ -31,13 +35,9 @@ def main() -> int:
     start_process_group()
     rank = distributed.get_rank()
     try:
-        setup = StageSetup.read(arguments.run, arguments.stage)
+        setup = StageSetup.read(run, stage)
         log_to(setup.folder / "logs" / f"rank-{rank:04d}.log", quiet=rank > 0)
         Training(setup, Engine(setup.build_model(), setup.config.train)).run()
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
     except Interrupted as interrupted:
         logging.getLogger(__name__).info("%s", interrupted)
         return INTERRUPTED

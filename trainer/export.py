@@ -12,7 +12,7 @@ from data.progress import Progress
 from model import artifact
 from model.config import STAGES
 from model.pipeline import CODEC, JOINT, QUANTIZERS
-from trainer.training import WEIGHTS
+from trainer.setup import KIND, WEIGHTS
 
 
 def export_bundle(run: Path, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def export_bundle(run: Path, folder: Path, progress: Progress) -> dict[str, Any]
         "training": {},
     }
     for done, name in enumerate(STAGES):
-        stage = artifact.read(run / name, "stage")
+        stage = artifact.read(run / name, KIND)
         shutil.copyfile(stage.path / WEIGHTS, folder / f"{name}.safetensors")
         info["stages"][name] = stage.info["model"]
         info["training"][name] = {key: stage.info[key] for key in ("steps", "parameters")}

@@ -18,6 +18,10 @@ from model.fields import TokenField
 from model.stage import StageTransformer, build_stage
 from trainer.config import StageConfig
 
+KIND = "stage"
+WEIGHTS = "model.safetensors"
+"""What a trained stage leaves: an artifact of this kind with this file."""
+
 
 @dataclass(frozen=True)
 class StageSetup:

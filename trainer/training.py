@@ -20,12 +20,10 @@ from model.fields import CONDITIONING
 from trainer.checkpoint import Checkpointer
 from trainer.engine import Engine
 from trainer.metrics import MetricsWriter
-from trainer.setup import StageSetup
+from trainer.setup import KIND, WEIGHTS, StageSetup
 
 log = logging.getLogger(__name__)
 
-KIND = "stage"
-WEIGHTS = "model.safetensors"
 Batch = dict[str, Tensor]
 
 
