@@ -5,12 +5,13 @@ RUN ?= runs/quickstart
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test faults lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   install, then train on the built-in corpus and make music ($(RUN))"
 	@echo "make test         install, then lint, type check and test"
+	@echo "make faults       kill, tear and corrupt: the long matrices"
 	@echo "make install      the virtual environment alone ($(VENV))"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       sort imports and format"
@@ -34,7 +35,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not faults'
+
+faults: $(INSTALLED)
+	$(BIN)/pytest -m faults
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations as pairs
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from data.corpus import (
     write_jsonl,
     write_prompts,
 )
+from data.pool import over_processes
 from data.progress import Progress
 from data.synthesis import ATTRIBUTES, combinations, render
 from model.errors import UserError
@@ -38,8 +35,6 @@ SMALLEST = 8
 LOWEST_RATE = 16_000
 HELD_OUT_COMBINATIONS = 8
 PROMPTS = 64
-CLIPS_A_PROCESS = 64
-"""Fewer are not worth starting another process for."""
 
 
 def write_corpus(folder: Path, config: DataConfig, seed: int, progress: Progress) -> dict[str, Any]:
@@ -131,18 +126,9 @@ def _prompts(held_out: list[dict[str, str]], seed: int) -> list[Prompt]:
 
 def _render_all(folder: Path, clips: list[Clip], sample_rate: int, seed: int) -> Iterator[int]:
     """Writes the audio of all `clips` and yields how many are done, on as many processes as there are cores."""
-    processes = min(os.cpu_count() or 1, -(-len(clips) // CLIPS_A_PROCESS))
     tasks = [(folder / clip.path, clip, index, sample_rate, seed) for index, clip in enumerate(clips)]
-    if processes == 1:
-        for done, task in enumerate(tasks, start=1):
-            _render_one(task)
-            yield done
-        return
-    # Spawned, not forked: a fork of a process that runs threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_end_with_parent) as executor:
-        for done, _ in enumerate(executor.map(_render_one, tasks, chunksize=16), start=1):
-            yield done
+    for done, _ in enumerate(over_processes(_render_one, tasks), start=1):
+        yield done
 
 
 def _render_one(task: tuple[Path, Clip, int, int, int]) -> None:
@@ -150,15 +136,3 @@ def _render_one(task: tuple[Path, Clip, int, int, int]) -> None:
     assert clip.attributes is not None
     wave = render(clip.attributes, seed, index, clip.seconds, sample_rate)
     soundfile.write(path, wave, sample_rate, subtype="PCM_16")
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when its parent dies, however it dies: a worker of an executor would else wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -17,9 +17,9 @@ from torch import Tensor
 from data.corpus import TRAIN, VALIDATION, Clip, load_clip, read_clips
 from data.progress import Progress
 from data.shards import write_records
-from model.config import EncodersConfig, JointEmbedderConfig
+from model.config import EncodersConfig
 from model.encoders import load_codec, load_joint_embedder, load_semantic_encoder
-from model.encoders.base import JointEmbedder
+from model.encoders.base import embed_windows
 from model.fields import CONDITIONING, SEMANTIC, TokenField
 from model.kmeans import ResidualKMeans
 
@@ -126,16 +126,6 @@ class Tokeniser:
             return [torch.zeros(0, levels, dtype=torch.long)] * len(clips)
         codes = self.conditioning_codes.encode(self.joint.embed_text(captions).cpu())
         return list(codes.split([len(clip.captions) for clip in clips]))
-
-
-def embed_windows(embedder: JointEmbedder, waves: Tensor, config: JointEmbedderConfig) -> Tensor:
-    """Embeddings `[clips, windows, dim]` of `waves` `[clips, samples]`: one every `hop_seconds`, each of the
-    `window_seconds` from there on, as many as fit; of a shorter clip the one of all of it.
-    """
-    window = min(round(config.window_seconds * embedder.sample_rate), waves.shape[1])
-    hop = round(config.hop_seconds * embedder.sample_rate)
-    cut = waves.unfold(1, window, hop)
-    return embedder.embed_audio(cut.reshape(-1, window)).view(*cut.shape[:2], -1)
 
 
 def _stored(codes: Tensor) -> np.ndarray:

@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.audio import AudioError
 from data.corpus import TRAIN, Clip, load_clip, read_clips
 from data.progress import Progress
 from model.config import CodecConfig, EncodersConfig, KMeansConfig, QuantizersConfig
 from model.encoders import CODECS, encoder_class, load_joint_embedder, load_semantic_encoder
+from model.encoders.base import embed_windows
 from model.encoders.mel import MelCodec
-from model.errors import UserError
 from model.fields import CONDITIONING, SEMANTIC
 from model.kmeans import ResidualKMeans
 
@@ -110,8 +109,6 @@ def embeddings(
     corpus: Path, clips: list[Clip], embedding: Path, encoders: EncodersConfig, config: KMeansConfig, seed: int
 ) -> Iterator[tuple[float, Tensor]]:
     """Embeddings `[n, dim]` of the clips' audio and captions, each batch with the share of the work that is done."""
-    from data.tokenise import embed_windows  # brings mosaicml-streaming along
-
     embedder = load_joint_embedder(embedding, encoders.joint)
     windows = max(1, 1 + int((clips[0].seconds - encoders.joint.window_seconds) / encoders.joint.hop_seconds))
     captions = sum(len(clip.captions) for clip in clips) / len(clips)
@@ -185,17 +182,8 @@ def read_waves(corpus: Path, clips: list[Clip], sample_rate: int) -> Iterator[tu
         done = 0
         for number in range(len(batches) + BATCHES_AHEAD):
             if number < len(batches):
-                ahead.append([pool.submit(_read, corpus, clip, sample_rate) for clip in batches[number]])
+                ahead.append([pool.submit(load_clip, corpus, clip, sample_rate) for clip in batches[number]])
             if number >= BATCHES_AHEAD:
                 waves = [future.result() for future in ahead.popleft()]
                 done += len(waves)
                 yield done, torch.from_numpy(np.stack(waves))
-
-
-def _read(corpus: Path, clip: Clip, sample_rate: int) -> np.ndarray:
-    try:
-        return load_clip(corpus, clip, sample_rate)
-    except AudioError as error:
-        raise UserError(
-            f"{clip.path} has changed since the corpus was made ({error}).\nRun again: the corpus will be made anew."
-        ) from None

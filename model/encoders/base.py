@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from typing_extensions import Self
 
+from model.config import JointEmbedderConfig
 from model.fields import TokenField
 
 
@@ -71,3 +72,13 @@ class JointEmbedder(Protocol):
 
     @classmethod
     def load(cls, folder: Path, config: Any) -> Self: ...
+
+
+def embed_windows(embedder: JointEmbedder, waves: Tensor, config: JointEmbedderConfig) -> Tensor:
+    """Embeddings `[clips, windows, dim]` of `waves` `[clips, samples]`: one every `hop_seconds`, each of the
+    `window_seconds` from there on, as many as fit; of a shorter clip the one of all of it.
+    """
+    window = min(round(config.window_seconds * embedder.sample_rate), waves.shape[1])
+    hop = round(config.hop_seconds * embedder.sample_rate)
+    cut = waves.unfold(1, window, hop)
+    return embedder.embed_audio(cut.reshape(-1, window)).view(*cut.shape[:2], -1)

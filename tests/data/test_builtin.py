@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-import data.builtin
+import data.pool
 from data.builtin import held_out_combinations, write_corpus
 from data.captions import HELD_OUT_TEMPLATES
 from data.config import DataConfig
@@ -82,14 +82,13 @@ def test_prompts_ask_for_held_out_combinations_only(corpus: Path) -> None:
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(clips=12, clip_seconds=0.5)
+    config = DataConfig(clips=80, clip_seconds=0.5)  # 64 are enough for one process
     for processes in (1, 2):
-        monkeypatch.setattr(data.builtin.os, "cpu_count", lambda processes=processes: processes)
-        monkeypatch.setattr(data.builtin, "CLIPS_A_PROCESS", 6)
+        monkeypatch.setattr(data.pool.os, "cpu_count", lambda processes=processes: processes)
         write_corpus(tmp_path / str(processes), config, 0, Progress())
     one, two = ({path.relative_to(tmp_path / n): path.read_bytes() for path in sorted((tmp_path / n).rglob("*.*"))}
                 for n in ("1", "2"))  # fmt: skip
-    assert len(one) == 12 + 3
+    assert len(one) == 80 + 3
     assert one == two
 
 

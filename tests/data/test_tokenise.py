@@ -14,10 +14,11 @@ import data.tokenise
 from data.corpus import Clip, write_clips
 from data.progress import Progress
 from data.shards import Shards, count_records
-from data.tokenise import embed_windows, tokenise
+from data.tokenise import tokenise
 from data.windows import window_loader
 from model import artifact
 from model.config import EncodersConfig, JointEmbedderConfig
+from model.encoders.base import embed_windows
 from model.encoders.chroma import MelChroma
 from model.encoders.mel import MelCodec
 from model.errors import UserError
