@@ -14,8 +14,8 @@ from itertools import product
 import numpy as np
 
 INSTRUMENTS = ("plucked string", "flute", "bell", "bass", "brass")
-BEAT_SECONDS = {"slow": 0.8, "medium": 0.56, "fast": 0.4}
-"""75, 107.14 and 150 beats a minute."""
+BEAT_SECONDS = {"slow": 1.0, "medium": 0.64, "fast": 0.4}
+"""60, 93.75 and 150 beats a minute. None is twice another: half-beats must not sound like another tempo."""
 ROOT_HZ = {"low": (90.0, 150.0), "high": (420.0, 700.0)}
 """Where the tonic lies; a melody stays within the octave above it, so the two registers never meet."""
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11, 12), "minor": (0, 2, 3, 5, 7, 8, 10, 12)}

@@ -64,9 +64,10 @@ DECAY_FRAMES = 6
 ONSET_BANDS = 40
 RISE_FRAMES = 5
 """An onset is a rise within 50 ms, so that one smeared over a codec's frame counts in full."""
-LAGS = sorted({round(beat * multiple, 3) for beat in BEAT_SECONDS.values() for multiple in (0.5, 1, 1.5, 2, 3)})
-"""Seconds after which the onsets are compared with themselves: the candidate beats, their halves and multiples. A slow
-piece with half-beats and a fast one repeat after 0.4 s alike; at 0.2, 0.6 and 1.2 s they differ."""
+LONGEST_LAG = 2.4
+LAGS = sorted({lag for beat in BEAT_SECONDS.values() for n in (0.5, 1, 1.5, 2, 3) if (lag := beat * n) <= LONGEST_LAG})
+"""Seconds after which the onsets are compared with themselves: the candidate beats, their halves and multiples, which
+tell apart tempos whose half-beats and beats come close."""
 
 SHRINKAGE = 0.1
 """How far a covariance is drawn towards a multiple of the identity: less trust in directions seldom seen."""

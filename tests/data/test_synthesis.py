@@ -88,8 +88,8 @@ def test_instruments_differ_in_brightness_decay_and_harmonics() -> None:
 
     def sustain(instrument: str) -> float:
         """Level late in the beats over the level early in them, dB."""
-        beat = round(0.56 * RATE)
-        waves = [clip(index, instrument=instrument)[: 8 * beat].reshape(8, beat) ** 2 for index in range(6)]
+        beat = round(BEAT_SECONDS["medium"] * RATE)
+        waves = [clip(index, instrument=instrument)[: 7 * beat].reshape(7, beat) ** 2 for index in range(6)]
         early, late = (np.mean([wave[:, a * beat // 100 : b * beat // 100].mean() for wave in waves])
                        for a, b in ((5, 15), (30, 42)))  # fmt: skip
         return float(10 * np.log10(late / early))
