@@ -134,8 +134,8 @@ class StageTransformer(nn.Module):
         self.offsets = [offsets[config.field, quantizer] for quantizer in self.quantizers]
         self.transformer = Transformer(config.transformer)
         self.heads = nn.Parameter(torch.empty(len(self.quantizers), self.target.codebook_size, dim))
-        # Ten times what is usual: a code must be heard beside the conditions that are added to it. At 0.02 the quickstart's
-        # semantic stage needs 250 steps for a loss that it reaches in 100.
+        # Ten times what is usual: a code must be heard beside the conditions that are added to it. At 0.02 the
+        # quickstart's semantic stage needs 250 steps for a loss that it reaches in 100.
         nn.init.normal_(self.embedding.weight, std=0.2)
         nn.init.normal_(self.heads, std=0.02)
 

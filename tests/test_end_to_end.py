@@ -91,6 +91,8 @@ def test_the_same_command_rebuilds_nothing_and_a_changed_key_what_depends_on_it(
     stretto(*command, "evaluation.prompts=2")
     changed = {path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"samples"}
+    for single in (["fit", "codec"], ["tokenize"], ["train", "fine"]):
+        assert "up to date" in stretto(*single, "--run", run).stdout
     dry = stretto(*command, "stages.fine.train.learning_rate=0.1", "--dry-run").stdout
     assert "stages.fine.train.learning_rate" in dry
 
@@ -106,7 +108,10 @@ def test_status_and_inspect_tell_of_a_finished_run(captioned):
 def test_without_captions_it_learns_from_audio_alone_and_says_what_that_means(tmp_path):
     audio = music_folder(tmp_path / "music")
     run = tmp_path / "run"
-    output = stretto("run", "quickstart", "-o", run, f"data.audio={audio}", *CLIP, *SMALL).stdout
+    # The three transformers train side by side here.
+    output = stretto("run", "quickstart", "-o", run, f"data.audio={audio}", "parallel=3", *CLIP, *SMALL).stdout
+    started = [output.index(f"{stage}: started") for stage in ("semantic", "coarse", "fine")]
+    assert max(started) < min(output.index(f"{stage}: done") for stage in ("semantic", "coarse", "fine"))
     assert "no captions" in output
     assert "no captions" in (run / "report.html").read_text()
     refused = stretto("generate", run / "bundle", "a tune", "-o", tmp_path / "a.wav", code=2)
