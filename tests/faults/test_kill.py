@@ -29,7 +29,7 @@ def processes_of(run):
     """What still runs for this run folder."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        if str(run) in process.info["cmdline"] and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if str(run) in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return [process for process in found if process.pid != os.getpid()]
 

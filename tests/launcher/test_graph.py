@@ -89,7 +89,7 @@ def test_a_new_folder_lacks_everything_and_a_finished_one_nothing(tmp_path):
 
 
 def test_an_outdated_stage_says_which_key_or_input_changed(tmp_path):
-    make_all(tmp_path, load_recipe("quickstart"))
+    make_all(tmp_path, load_recipe("quickstart", ["stages.coarse.train.steps=600"]))
     states = state_of(tmp_path, load_recipe("quickstart", ["stages.coarse.train.steps=700"]))
     assert [name for name, state in states.items() if not state.done] == ["coarse", "bundle", "samples"]
     assert states["coarse"].reasons == ("stages.coarse.train.steps: 600 → 700",)

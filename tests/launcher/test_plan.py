@@ -89,8 +89,8 @@ def test_zero_stages_share_more_and_more() -> None:
 
 
 def test_shards_hold_two_bytes_a_code() -> None:
-    # 25 semantic and 25 × 8 acoustic codes a second, and 8 of the one embedding of a clip of 5 s.
-    assert shard_bytes_a_second(load_recipe("quickstart")) == 2 * (25 + 200 + 8 / 5)
+    # 25 semantic and 25 × 8 acoustic codes a second, and 16 of the one embedding of a clip of 5 s.
+    assert shard_bytes_a_second(load_recipe("quickstart")) == 2 * (25 + 200 + 16 / 5)
     # Embeddings of 10 s every second of a clip of 30 s: 21 of 12 codes.
     assert shard_bytes_a_second(load_recipe("musiclm_small")) == 2 * (50 + 600 + 21 * 12 / 30)
 

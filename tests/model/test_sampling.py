@@ -52,7 +52,7 @@ def test_generation_and_training_give_the_same_logits(make, settings, known):
     assert torch.equal(made, codes)
     expected = stage.logits(batch)
     difference = max(
-        float((got - expected[:, frame, q]).abs().max()) for (frame, q), got in zip(order, recorder.logits, strict=True)
+        (got - expected[:, frame, q]).abs().max().item() for (frame, q), got in zip(order, recorder.logits, strict=True)
     )
     assert difference < 1e-4
 
@@ -115,6 +115,13 @@ def test_drawing_follows_the_distribution_and_its_options():
     assert Sampler(temperature=0).draw(logits, uniform).eq(3).all()
     cold = Sampler(temperature=0.25).draw(logits, uniform).bincount(minlength=4) / 10_000
     assert cold[3] > 0.7
+
+
+def test_a_stage_can_be_trained_after_it_has_sampled():
+    stage = build(fine_config(pattern="delay", window_seconds=1.7))
+    batch = random_batch(seconds=1.7)
+    generate_stage(stage, batch, 1.7, Sampler(), seeds=[0, 1, 2])
+    stage(batch).mean().backward()
 
 
 def test_damaged_weights_are_named_and_not_sampled_from():
