@@ -136,7 +136,7 @@ class StageTransformer(nn.Module):
         self.transformer = Transformer(config.transformer)
         self.heads = nn.Parameter(torch.empty(len(self.quantizers), self.target.codebook_size, dim))
         # Above the usual 0.02, at which codes are drowned by the conditions added to them: the quickstart's semantic
-        # stage then needs 250 steps for a loss it reaches in 150. At 0.2 it leans on codes more than on conditions.
+        # stage learnt in about half the steps (tried once each). At 0.2 it was faster still and followed prompts less.
         nn.init.normal_(self.embedding.weight, std=0.05)
         nn.init.normal_(self.heads, std=0.02)
 
