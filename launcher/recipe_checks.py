@@ -50,7 +50,8 @@ def _stages(recipe: Recipe) -> Iterator[str]:
         stage = getattr(recipe.stages, name)
         key = f"stages.{name}"
         try:
-            ds_configs.read(stage.train.zero)
+            if ds_configs.zero_stage(stage.train.zero) == 3 and stage.train.compile == "on":
+                yield f"{key}.train.compile is on, but ZeRO-3 (zero: {stage.train.zero}) cannot be compiled: set it to auto."
         except UserError as error:
             yield f"{key}.train.zero: {error}"
         yield from _window(f"{key}.model", stage.model, fields, recipe.data.clip_seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -11,6 +11,9 @@ class Config(BaseModel):
     """Base of every section of a recipe: unknown keys are errors and values do not change after checking."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class CodecConfig(Config):
@@ -92,6 +95,8 @@ class ConditionConfig(Config):
     paths: list[Literal["prefix", "aligned", "summed"]] = Field(["prefix"], min_length=1)
     """prefix: earlier tokens of the stream; aligned: added to each step at the same moment; summed: the sum of the
     codes' centroids through a small MLP, added to each step."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a training window loses this condition alone, beside the loss of all (condition_dropout)."""
 
 
 class TransformerConfig(Config):
@@ -106,6 +111,12 @@ class TransformerConfig(Config):
     """Width of the SwiGLU; 8/3 × dim rounded up to a multiple of 64 when not given."""
     qk_norm: bool = True
     rope_theta: PositiveFloat = 10_000.0
+    residual_init: Literal["depth", "plain"] = "depth"
+    """depth: the two matrices of a block that write into the residual stream start smaller by sqrt(2 × layers) (GPT-2);
+    plain: they start like the others."""
+    mup_base_dim: PositiveInt | None = None
+    """Width at which the learning rate was tuned: starts and learning rates of the matrices are scaled from there to
+    `dim` (μP, Yang et al. 2022), so that it holds for wider models too. Not scaled when not given."""
 
     @model_validator(mode="after")
     def _check(self) -> TransformerConfig:
@@ -129,7 +140,26 @@ class StageModelConfig(Config):
     positions: Literal["time", "index"] = "time"
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Probability that a training window loses all its conditions (what classifier-free guidance needs)."""
+    forgetful_masking: float = Field(0.0, ge=0, lt=1)
+    """Largest share of its own past that a training window forgets: for each window a share is drawn between 0 and
+    this, and so many of the stream's codes are replaced by a learnt mask where they are taken in (after forgetful
+    causal masking, Liu et al. 2022, which hides them from attention instead)."""
     transformer: TransformerConfig = TransformerConfig()
+
+
+AttentionName = Literal["auto", "math", "sdpa", "flash2", "flash3", "flash4"]
+
+
+class ExecutionConfig(Config):
+    """How a stage is computed, not what: results differ by rounding alone."""
+
+    attention: AttentionName = "auto"
+    """Attention kernel; auto takes the best that works here."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks; auto is on for a GPU."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """Activations made again in the backward pass, to save memory: none; all inside a block; or the cheap ones, keeping
+    the results of matrix products and of attention."""
 
 
 StageName = Literal["semantic", "coarse", "fine"]
@@ -144,5 +174,7 @@ class SamplingConfig(Config):
     """1 when not given; 0 takes the most likely code."""
     top_k: dict[StageName, PositiveInt] = {}
     """All codes when not given."""
+    top_p: dict[StageName, Probability] = {}
+    """The most likely codes whose probabilities reach this sum; 1, the plain value, is all."""
     cfg: dict[StageName, NonNegativeFloat] = {}
     """Guidance scale: 1, the plain value, is none."""

@@ -103,11 +103,12 @@ def step_positions(config: StageModelConfig, fields: Mapping[str, TokenField]) -
 
 def embedding_rows(config: StageModelConfig, fields: Mapping[str, TokenField]) -> int:
     """Rows of the token table: one for each (field, quantizer, code) that enters as a token, one null row for each
-    condition, and the start row."""
+    condition, the start row, and with forgetful masking the mask."""
     entering = [condition for condition in config.conditions if {"prefix", "aligned"} & set(condition.paths)]
     parts: list[StageModelConfig | ConditionConfig] = [config, *entering]
     used = {(part.field, quantizer) for part in parts for quantizer in quantizers_used(part, fields)}
-    return 1 + sum(fields[name].codebook_size for name, _ in used) + len(config.conditions)
+    codes = sum(fields[name].codebook_size for name, _ in used)
+    return 1 + codes + len(config.conditions) + (config.forgetful_masking > 0)
 
 
 def block_matrices(transformer: TransformerConfig) -> int:

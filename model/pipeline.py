@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import artifact
-from model.config import STAGES, EncodersConfig, SamplingConfig, StageModelConfig, StageName
+from model.config import STAGES, EncodersConfig, ExecutionConfig, SamplingConfig, StageModelConfig, StageName
 from model.encoders import load_codec, load_joint_embedder
 from model.encoders.base import Codec, JointEmbedder
 from model.errors import UserError
@@ -81,6 +81,7 @@ class MusicPipeline:
             stage = build_stage(StageModelConfig.model_validate(info["stages"][name]), fields, quantizers)
             stage.load_state_dict(load_file(bundle.path / f"{name}.safetensors"))
             stages[name] = stage.to(device).eval()
+            stages[name].configure(ExecutionConfig())
         return cls(
             stages,
             fields,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.decoder import decoder
 from model.fields import CONDITIONING, TokenField, common_period
 from model.stage import StageTransformer
 
@@ -21,6 +23,8 @@ class Sampler:
     temperature: float = 1.0
     """0 takes the most likely code."""
     top_k: int | None = None
+    top_p: float = 1.0
+    """Nucleus: the most likely codes whose probabilities first reach this sum (Holtzman et al. 2020)."""
     cfg: float = 1.0
     """Guidance scale g: logits are u + g (c - u), of the unconditioned u and the conditioned c (Ho & Salimans 2022)."""
 
@@ -29,15 +33,18 @@ class Sampler:
 
         One number a code keeps a sample's draws apart from those of the samples it shares a batch with.
         """
-        logits = logits.double()
-        if not torch.isfinite(logits).all():
-            raise FloatingPointError("logits are not finite while sampling: the weights are damaged or diverged")
         if self.temperature == 0:
             return logits.argmax(dim=-1)
+        logits = logits.double() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             smallest = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < smallest, float("-inf"))
-        cumulative = F.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)
+        probabilities = logits.softmax(dim=-1)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # the sum was reached before this code
+            probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(dim=-1)), 0.0)
+        cumulative = probabilities.cumsum(dim=-1)
         drawn = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
         return drawn.clamp_max(logits.shape[-1] - 1)
 
@@ -55,18 +62,19 @@ def generate_window(
     """Codes `[B, frames, Q]` of one window.
 
     `conditions` maps fields to codes that start where the window starts; `uniform [B, frames, Q]` holds the random
-    numbers; the first frames may be `known [B, K, Q]` and are then kept.
+    numbers; the first frames may be `known [B, K, Q]` and are then kept. Raises UserError where the conditions do not
+    fit the stage, FloatingPointError where logits are not finite.
     """
     batch = len(uniform)
+    stage.check(conditions, frames)
     pattern = stage.pattern(frames)
     guided = sampler.cfg != 1.0 and len(stage.conditions) > 0
     dropped = stage.keep_all(batch, uniform.device)
     if guided:  # the unconditioned pass rides in the same batch
         conditions = {name: codes.repeat(2, 1, 1) for name, codes in conditions.items()}
         dropped = torch.cat([dropped, torch.ones_like(dropped)])
-    prefix, prefix_positions = stage.prefix(conditions, dropped)
+    prefix = stage.embed_prefix(conditions, dropped)
     added = stage.added(conditions, dropped, pattern)
-    positions = stage.positions(prefix_positions, pattern, uniform.device)
 
     codes = torch.zeros(batch, frames, len(stage.quantizers), dtype=torch.long, device=uniform.device)
     first_free = 0
@@ -77,10 +85,11 @@ def generate_window(
     start = min(first_free * pattern.stride, pattern.steps - 1)
     ready = stage.embed_codes(codes, pattern)[:, : start + 1]
     step_in = torch.cat([prefix, (ready.repeat(2, 1, 1) if guided else ready) + added[:, : start + 1]], dim=1)
-    cache = stage.new_cache(len(dropped), len(positions))
+    cache = stage.new_cache(len(dropped), prefix.shape[1] + pattern.steps)
+    steps = decoder(stage.transformer, stage.rotary(conditions, pattern), cache)
+    finite = torch.ones((), dtype=torch.bool, device=uniform.device)
     for step in range(start, pattern.steps):
-        at = positions[cache.length : cache.length + step_in.shape[1]]
-        hidden = stage.transformer(step_in, at, cache)[:, -1]
+        hidden = steps.feed(step_in)
         embedded = stage.embedding.weight.new_zeros(batch, stage.embedding.embedding_dim)
         for frame, quantizer in pattern.codes_at(step):
             if frame >= first_free:
@@ -88,11 +97,16 @@ def generate_window(
                 if guided:
                     conditioned, free = logits.chunk(2)
                     logits = free + sampler.cfg * (conditioned - free)
+                finite &= logits.isfinite().all()  # looked at once, at the end: a GPU would wait at every look
                 codes[:, frame, quantizer] = sampler.draw(logits, uniform[:, frame, quantizer])
             embedded = embedded + stage.embedding(codes[:, frame, quantizer] + stage.offsets[quantizer])
         if step + 1 < pattern.steps:
             step_in = (embedded.repeat(2, 1) if guided else embedded)[:, None] + added[:, step + 1 : step + 2]
         on_step(step + 1, pattern.steps)
+    if not finite:
+        raise FloatingPointError(
+            f"logits of field {stage.target.name!r} are not finite while sampling: the weights are damaged or diverged"
+        )
     return codes
 
 
@@ -133,12 +147,12 @@ def generate_stage(
     codes = torch.zeros(uniform.shape, dtype=torch.long, device=device)
     done = 0
     for number, start in enumerate(starts):
-        first, end = int(start * target.rate), min(int((start + window) * target.rate), codes.shape[1])
+        end_time = min(start + window, total)
+        first, end = int(start * target.rate), int(end_time * target.rate)
         cut = {
-            c.field.name: conditions[c.field.name]
-            if c.field.name == CONDITIONING
-            else window_of(conditions[c.field.name], c.field, start, window)
+            c.field.name: codes_between(conditions[c.field.name], c.field, start, end_time)
             for c in stage.conditions
+            if c.field.name in conditions
         }
         known = codes[:, first:done] if done > first else None
 
@@ -150,10 +164,11 @@ def generate_stage(
     return codes
 
 
-def window_of(codes: Tensor, field: TokenField, start: Fraction, window: Fraction) -> Tensor:
-    """The frames of `codes [B, frames, Q]` that sound in `[start, start + window)`."""
-    first = start * field.rate
-    return codes[:, int(first) : int(first + window * field.rate)]
+def codes_between(codes: Tensor, field: TokenField, start: Fraction, end: Fraction) -> Tensor:
+    """The frames of `codes [B, frames, Q]` that sound in `[start, end)`; the conditioning describes all of it."""
+    if field.name == CONDITIONING:
+        return codes
+    return codes[:, int(start * field.rate) : ceil(end * field.rate)]
 
 
 def draw_uniform(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -5,59 +5,54 @@ Shapes are named by letters: B batch, S steps, D model width, H heads, K key/val
 
 from __future__ import annotations
 
-import math
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model.config import TransformerConfig
+from model import attention
+from model.attention import Packing
+from model.cache import LayerCache
+from model.config import ExecutionConfig, TransformerConfig
 from model.counting import ffn_width
 
+log = logging.getLogger(__name__)
 
-class Cache:
-    """Keys and values of every layer for a fixed number of steps, filled from the left."""
-
-    def __init__(self, config: TransformerConfig, batch: int, steps: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.layers, batch, config.kv_heads or config.heads, steps, config.dim // config.heads)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def append(self, layer: int, keys_BKSE: Tensor, values_BKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new steps of one layer and returns that layer's keys and values so far."""
-        end = self.length + keys_BKSE.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys_BKSE
-        self.values[layer, :, :, self.length : end] = values_BKSE
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin `[S, E]` of the angles of S positions."""
 
 
-class Rotary:
+@lru_cache(maxsize=64)
+def rotary_tables(
+    positions: tuple[float, ...], head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> Rotary:
     """Rotary position tables (Su et al. 2021) for real-valued positions.
 
-    Not a module: casting the model to bf16 must not touch them, since bf16 cannot tell position 257 from 258.
+    Angles are taken in fp64 and cast last: bf16 cannot tell position 257 from 258.
     """
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-    def tables(self, positions_S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin `[S, E]` of the angles of `positions_S`."""
-        angles = positions_S.double()[:, None] * self.frequencies.to(positions_S.device)
+    with torch.inference_mode(False):  # made while sampling, they must still serve training
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.tensor(positions, dtype=torch.float64)[:, None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+def rotate(x_BHSE: Tensor, rotary: Rotary) -> Tensor:
     """Turns each pair (i, i + E/2) of a head by its angle: the layout of Llama in `transformers`."""
+    cos_SE, sin_SE = rotary
     left, right = x_BHSE.chunk(2, dim=-1)
     return x_BHSE * cos_SE + torch.cat([-right, left], dim=-1) * sin_SE
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.dim // config.heads
@@ -67,21 +62,15 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.attend: attention.Attend = attention.sdpa
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary, cache: LayerCache | None, packing: Packing | None) -> Tensor:
         batch, steps, _ = x_BSD.shape
         q = self.q_norm(self.q(x_BSD).view(batch, steps, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k(x_BSD).view(batch, steps, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v(x_BSD).view(batch, steps, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        mask = None
-        if cache is not None:
-            if cache.length and steps > 1:  # several steps after others: causal, aligned to the end of the keys
-                mask = torch.ones(steps, cache.length + steps, dtype=torch.bool, device=q.device).tril(cache.length)
-            k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and steps > 1, enable_gqa=self.kv_heads != self.heads
-        )
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        y = self.attend(q, k, v, packing) if cache is None else cache.attend(self.attend, q, k, v)
         return self.o(y.transpose(1, 2).reshape(batch, steps, -1))
 
 
@@ -100,16 +89,21 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, cache)
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary, cache: LayerCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, cache, packing)
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+
+
+RunBlock = Callable[[Block, Tensor, Rotary, None, "Packing | None"], Tensor]
 
 
 class Transformer(nn.Module):
@@ -118,23 +112,64 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.dim // config.heads, config.rope_theta)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.reset_parameters()
+        self._run: RunBlock = Block.__call__
 
-    def reset_parameters(self) -> None:
-        """Normal(0, 0.02), the two outputs into the residual stream scaled down by depth (GPT-2)."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                into_residual = name.endswith(("attention.o.weight", "feed_forward.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if into_residual else 0.02)
+    def configure(self, execution: ExecutionConfig) -> None:
+        """Sets how the blocks are computed, for weights of the type and on the device that they now have.
 
-    def forward(self, x_BSD: Tensor, positions_S: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states `[B, S, D]` of steps at `positions_S`; with a cache they follow the steps already in it."""
-        rotary = self.rotary.tables(positions_S, x_BSD.dtype)
+        Raises UserError where the attention backend cannot be used here.
+        """
+        weight, head_dim = self.norm.weight, self.config.dim // self.config.heads
+        _, attend = attention.choose(execution.attention, weight.device, weight.dtype, head_dim)
         for block in self.blocks:
-            x_BSD = block(x_BSD, rotary, cache)
-        if cache is not None:
-            cache.length += x_BSD.shape[1]
+            block.attention.attend = attend  # type: ignore[union-attr, assignment]
+        run: RunBlock = Block.__call__
+        if execution.recompute != "none":
+            # Nothing in a block is random. What `selective` keeps is dear to make and cheap to hold.
+            context = {"context_fn": _keep_products} if execution.recompute == "selective" else {}
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **context)  # type: ignore[arg-type]
+        if execution.compile == "on" or (execution.compile == "auto" and weight.is_cuda and _can_compile()):
+            # One compilation serves all blocks: their weights are inputs to it.
+            run = torch.compile(run, dynamic=False)
+        self._run = run
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary,
+        cache: list[LayerCache] | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """Hidden states `[B, S, D]` of steps at the positions of `rotary`.
+
+        With a cache they follow the steps already in it; with `packing` the row holds several windows.
+        """
+        for layer, block in enumerate(self.blocks):
+            if cache is None:
+                x_BSD = self._run(block, x_BSD, rotary, None, packing)  # type: ignore[arg-type]
+            else:
+                x_BSD = block(x_BSD, rotary, cache[layer])
         return self.norm(x_BSD)
+
+
+@lru_cache(maxsize=1)
+def _can_compile() -> bool:
+    found = any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    if not found:
+        log.warning("compile: off, since no C compiler was found (cc, gcc, clang or $CC); training will be slower.")
+    return found
+
+
+def _keep_products() -> object:
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts(
+        [
+            aten.mm.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+    )

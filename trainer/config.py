@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from model.config import Config, StageModelConfig
+from model.config import Config, ExecutionConfig, StageModelConfig
 
 
-class TrainConfig(Config):
+class TrainConfig(ExecutionConfig):
     """How a stage is trained."""
 
     steps: PositiveInt = 1000

@@ -16,11 +16,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import ds_configs
-from model.stage import StageTransformer
+from model.config import ExecutionConfig
+from model.dropping import Dropped
+from model.initialisation import parameter_groups
+from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
 
 TIMEOUT = timedelta(minutes=10)
@@ -74,13 +77,10 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     return config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, embeddings and null vectors do not."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (decayed if parameter.dim() >= 2 and not name.startswith("embedding.") else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+def execution(config: TrainConfig) -> ExecutionConfig:
+    """How the blocks are computed: as the recipe says, but not compiled where ZeRO-3 fetches weights by hooks."""
+    zero3 = ds_configs.zero_stage(config.zero) == 3
+    return config.model_copy(update={"compile": "off"}) if zero3 else config
 
 
 class Engine:
@@ -94,10 +94,14 @@ class Engine:
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config.weight_decay),
+            model_parameters=parameter_groups(
+                model, model.config.transformer, config.learning_rate, config.weight_decay
+            ),
             config=settings,
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: learning_rate_factor(config, step)),
         )
+
+        self.module.configure(execution(config))
 
     @property
     def module(self) -> StageTransformer:
@@ -115,8 +119,8 @@ class Engine:
         """Norm of the last step's gradient before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
-    def train_step(self, micro_batches: list[tuple[dict[str, Tensor], Tensor]]) -> Tensor:
-        """One optimizer step over `accumulation` pairs of batch and dropped-conditions mask.
+    def train_step(self, micro_batches: list[tuple[Batch, Dropped]]) -> Tensor:
+        """One optimizer step over `accumulation` pairs of a batch and what it does without.
 
         Returns this rank's mean loss of each quantizer, still on the device.
         """
@@ -128,7 +132,7 @@ class Engine:
             total += losses.detach()
         return total / len(micro_batches)
 
-    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+    def evaluate(self, batch: Batch) -> Tensor:
         """Loss of each quantizer with every condition present. Nothing of the training state is switched or changed."""
         with torch.no_grad():
             return self._engine(batch)

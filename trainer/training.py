@@ -16,15 +16,15 @@ from torch import Tensor
 from data.progress import Progress
 from data.windows import window_loader
 from model import artifact
+from model.dropping import Dropped, draw_dropped
 from model.fields import CONDITIONING
+from model.stage import Batch
 from trainer.checkpoint import Checkpointer
 from trainer.engine import Engine
 from trainer.metrics import MetricsWriter
 from trainer.setup import KIND, WEIGHTS, StageSetup
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]
 
 
 class Interrupted(Exception):
@@ -106,19 +106,18 @@ class Training:
         while True:
             yield from self.loader
 
-    def _draw(self, batches: Iterator[Batch], micro: int) -> tuple[Batch, Tensor]:
-        """The next batch, and which of its windows lose their conditions.
+    def _draw(self, batches: Iterator[Batch], micro: int) -> tuple[Batch, Dropped]:
+        """The next batch, and what its windows do without.
 
         The choice is a pure function of (seed, step, rank, micro batch): a resume needs no random state.
         """
         batch = next(batches)
-        windows = len(batch[self.setup.config.model.field])
+        codes = self.engine.module.own_codes(batch)
+        self.engine.module.check(batch, codes.shape[1])  # here, while the codes are in host memory
         seed = artifact.fingerprint(self.setup.seed, self.step, self.engine.rank, micro)
         generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
-        dropped = torch.rand(windows, generator=generator) < self.setup.config.model.condition_dropout
-        return self._to_device(batch), dropped[:, None].expand(-1, len(self.setup.config.model.conditions)).to(
-            self.engine.device
-        )
+        dropped = draw_dropped(self.setup.config.model, codes.shape, generator)
+        return self._to_device(batch), dropped.to(self.engine.device)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: codes.to(self.engine.device, non_blocking=True) for name, codes in batch.items()}

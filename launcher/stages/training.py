@@ -7,8 +7,9 @@ from model.config import STAGES as NAMES
 
 WITHOUT_EFFECT = (
     "ranks", "micro_batch", "workers", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints",
+    "attention", "compile", "recompute",
 )  # fmt: skip
-"""Keys of `train` that say where and how often, not what is learnt: changing them rebuilds nothing."""
+"""Keys of `train` that say where, how and how often, not what is learnt: changing them rebuilds nothing."""
 
 
 def _stage(name: str) -> Stage:

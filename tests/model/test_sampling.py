@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import FIELDS, coarse_config, fine_config, quantizers, random_batch
 
+from model.dropping import Dropped
 from model.fields import ACOUSTIC, SEMANTIC
 from model.sampling import Sampler, generate_stage, generate_window, window_starts
 from model.stage import build_stage
@@ -64,7 +65,7 @@ def test_guidance_mixes_the_conditioned_and_the_free_logits():
     generate_window(stage, batch, 40, recorder, torch.zeros(3, 40, 2))
     start = {**batch, ACOUSTIC: torch.zeros_like(batch[ACOUSTIC])}
     conditioned = stage.logits(start)[:, 0, 0]
-    free = stage.logits(start, torch.ones(3, 2, dtype=torch.bool))[:, 0, 0]
+    free = stage.logits(start, Dropped(torch.ones(3, 2, dtype=torch.bool)))[:, 0, 0]
     assert torch.allclose(recorder.logits[0], free + 3 * (conditioned - free), atol=1e-4)
 
 
@@ -124,6 +125,9 @@ def test_a_stage_can_be_trained_after_it_has_sampled():
     stage(batch).mean().backward()
 
 
-def test_damaged_weights_are_named_and_not_sampled_from():
-    with pytest.raises(FloatingPointError, match="not finite"):
-        Sampler().draw(torch.tensor([[0.0, float("nan")]]), torch.rand(1))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_damaged_weights_are_named_and_not_sampled_from(temperature):
+    stage = build(coarse_config())
+    torch.nn.init.constant_(stage.transformer.blocks[1].attention.o.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="'acoustic' are not finite"):
+        generate_window(stage, random_batch(), 40, Sampler(temperature=temperature), torch.rand(3, 40, 2))

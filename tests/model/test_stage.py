@@ -5,6 +5,7 @@ import torch
 from helpers import FIELDS, coarse_config, fine_config, quantizers, random_batch
 
 from model.config import ConditionConfig
+from model.dropping import Dropped
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
 from model.stage import build_stage
 
@@ -99,7 +100,7 @@ def test_a_dropped_condition_says_nothing():
     batch = random_batch(batch=2)
     dropped = torch.tensor([[True, True], [False, False]])
     other = {name: codes if name == ACOUSTIC else codes.flip(1) for name, codes in batch.items()}
-    one, two = stage.logits(batch, dropped), stage.logits(other, dropped)
+    one, two = stage.logits(batch, Dropped(dropped)), stage.logits(other, Dropped(dropped))
     assert torch.equal(one[0], two[0])
     assert not torch.allclose(one[1], two[1])
 
