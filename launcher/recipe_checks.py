@@ -51,7 +51,7 @@ def _stages(recipe: Recipe) -> Iterator[str]:
         key = f"stages.{name}"
         try:
             if ds_configs.zero_stage(stage.train.zero) == 3 and stage.train.compile == "on":
-                yield f"{key}.train.compile is on, but ZeRO-3 (zero: {stage.train.zero}) cannot be compiled: set it to auto."
+                yield f"{key}.train.compile is on, which zero: {stage.train.zero} (ZeRO-3) cannot be: set it to auto."
         except UserError as error:
             yield f"{key}.train.zero: {error}"
         yield from _window(f"{key}.model", stage.model, fields, recipe.data.clip_seconds)
