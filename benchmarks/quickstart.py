@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from common import gib, origin, write
 
 LIBRARIES = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
 
@@ -28,26 +25,21 @@ def main() -> None:
     parser.add_argument("record", type=Path, help="JSON file to write")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe to change")
     arguments = parser.parse_args()
+    record = origin(LIBRARIES)
+    record["command"] = " ".join(["stretto", "run", "quickstart", "-o", "RUN", *arguments.overrides])
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "quickstart"
-        command = ["stretto", "run", "quickstart", "-o", "RUN", *arguments.overrides]
         first, peak = measured(run, arguments.overrides)
         again, _ = measured(run, arguments.overrides)
         report = json.loads((run / "report.json").read_text())
-    record = {
-        "command": " ".join(command),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "clean": output("git", "status", "--porcelain") == "",
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "memory_gib": gib(psutil.virtual_memory().total)},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    record |= {
         "seconds": round(first, 1),
         "seconds_when_unchanged": round(again, 1),
         "peak_memory_gib": gib(peak),
         "stage_seconds": report["seconds"],
         "adherence": report["adherence"],
     }
-    arguments.record.parent.mkdir(parents=True, exist_ok=True)
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     print(json.dumps(record, indent=2))
 
 
@@ -68,21 +60,6 @@ def memory(process: psutil.Process) -> int:
         return process.memory_full_info().pss
     except psutil.Error:  # it has ended
         return 0
-
-
-def gib(size: int) -> float:
-    return round(size / 2**30, 2)
-
-
-def output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
