@@ -22,11 +22,13 @@ class LayerCache:
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores the new keys and values and attends from the new steps to all so far."""
-        end = self.length + k.shape[2]
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return attend(q, self.keys[:, :, :end], self.values[:, :, :end], None)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        if start == 0:
+            return attend(q, k, v, None)
+        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return attend(q.to(keys.dtype), keys, values, None).to(q.dtype)
 
 
 class GraphLayerCache(LayerCache):
@@ -51,6 +53,12 @@ class GraphLayerCache(LayerCache):
 def new_cache(
     config: TransformerConfig, batch: int, steps: int, device: torch.device, dtype: torch.dtype
 ) -> list[LayerCache]:
-    """An empty cache for each layer."""
+    """An empty cache for each layer.
+
+    On a CPU it is fp32 at least: there torch attends from one query six times as slowly in bf16 (2 × 8 heads of 128 over
+    1,100 keys, two threads of an AMD EPYC with AVX512-BF16: 1,900 against 314 µs).
+    """
+    if device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
     shape = (2, batch, config.kv_heads or config.heads, steps, config.dim // config.heads)
     return [LayerCache(*torch.zeros(shape, device=device, dtype=dtype)) for _ in range(config.layers)]

@@ -30,6 +30,7 @@ class Condition(nn.Module):
     """One field a stage conditions on, and the paths by which it enters the stream."""
 
     centroids: Tensor
+    offsets_Q: Tensor
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Condition(nn.Module):
         self.quantizers = quantizers_used(config, fields)
         self.null_id = null_id
         self.offsets = [offsets.get((config.field, quantizer), 0) for quantizer in self.quantizers]
+        self.register_buffer("offsets_Q", torch.tensor(self.offsets), persistent=False)
         if "summed" in config.paths:
             shape = (len(self.quantizers), self.field.codebook_size, centroid_dim)
             # Not in the state: it is the quantizer's, and is kept in one place.
@@ -64,8 +66,7 @@ class Condition(nn.Module):
 
     def ids(self, codes: Tensor, dropped_B: Tensor) -> Tensor:
         """Embedding ids `[B, frames, quantizers]`, the null id throughout a dropped window."""
-        offsets = torch.tensor(self.offsets, device=codes.device)
-        return torch.where(dropped_B[:, None, None], self.null_id, self.select(codes) + offsets)
+        return torch.where(dropped_B[:, None, None], self.null_id, self.select(codes) + self.offsets_Q)
 
     def select(self, codes: Tensor) -> Tensor:
         return codes[..., self.quantizers.start : self.quantizers.stop]

@@ -53,6 +53,8 @@ class StageTransformer(nn.Module):
     quantizers that a field does not have, and for batches that do not fit.
     """
 
+    offsets_Q: Tensor
+
     def __init__(
         self, config: StageModelConfig, fields: dict[str, TokenField], centroid_dims: dict[str, int] | None = None
     ) -> None:
@@ -72,6 +74,7 @@ class StageTransformer(nn.Module):
             for index, part in enumerate(config.conditions)
         )
         self.offsets = [offsets[config.field, quantizer] for quantizer in self.quantizers]
+        self.register_buffer("offsets_Q", torch.tensor(self.offsets), persistent=False)
         self.transformer = Transformer(config.transformer)
         self.heads = nn.Parameter(torch.empty(len(self.quantizers), self.target.codebook_size, dim))
         initialise(self, config.transformer)
@@ -115,7 +118,7 @@ class StageTransformer(nn.Module):
 
     def embed_codes(self, codes_BTQ: Tensor, pattern: Pattern, forgotten_BTQ: Tensor | None = None) -> Tensor:
         """What the stream's own codes give each step, the start token and then the codes before it: `[B, S, D]`."""
-        ids = codes_BTQ + torch.tensor(self.offsets, device=codes_BTQ.device)
+        ids = codes_BTQ + self.offsets_Q
         if forgotten_BTQ is not None:
             ids = torch.where(forgotten_BTQ, self.mask_id, ids)
         steps = self.embedding.weight.new_zeros(len(ids), pattern.steps + 1, self.embedding.embedding_dim)

@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        return self._engine.get_lr()[0]
+        return max(self._engine.get_lr())  # with μP wide matrices have a lower one
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient before clipping."""

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import CENTROID_DIM, FIELDS, coarse_config, fine_config, random_batch
+from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import ConditionConfig, KMeansConfig, QuantizersConfig, StageModelConfig, TransformerConfig
+from model.config import (
+    ConditionConfig,
+    ExecutionConfig,
+    KMeansConfig,
+    QuantizersConfig,
+    StageModelConfig,
+    TransformerConfig,
+)
 from model.config import EncodersConfig as Encoders
 from model.counting import activation_bytes, count_stage, token_fields
 from model.fields import CONDITIONING, SEMANTIC
@@ -41,8 +49,6 @@ def test_parameters_and_positions_are_those_of_the_module(config: StageModelConf
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_matrix_flops_are_those_that_torch_counts(config: StageModelConfig) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = StageTransformer(config, FIELDS, DIMS)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(random_batch(batch=1))
@@ -50,6 +56,27 @@ def test_matrix_flops_are_those_that_torch_counts(config: StageModelConfig) -> N
         operation: flops for operation, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(operation)
     }
     assert count_stage(config, FIELDS, DIMS).matmul_flops == sum(products.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_attention_flops_are_the_causal_half_of_what_torch_counts(config: StageModelConfig) -> None:
+    model = StageTransformer(config, FIELDS, DIMS)
+    model.configure(ExecutionConfig(attention="math"))  # two plain products, which compute the masked half too
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(random_batch(batch=1))
+    count = count_stage(config, FIELDS, DIMS)
+    whole = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    assert count.attention_flops == whole * (count.positions + 1) // (2 * count.positions)
+
+
+def test_training_costs_three_forward_passes() -> None:
+    config = coarse_config(transformer=TransformerConfig(dim=256, layers=4, heads=2))
+    model = StageTransformer(config, FIELDS, DIMS)
+    with FlopCounterMode(display=False) as counter:
+        model(random_batch(batch=1)).mean().backward()
+    products = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    # The loss makes its logits twice.
+    assert products == pytest.approx(3 * count_stage(config, FIELDS, DIMS).matmul_flops, rel=0.02)
 
 
 def test_activations_are_at_most_what_autograd_keeps_on_a_cpu() -> None:
