@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.decoder import decoder
+from model.errors import UserError
 from model.fields import CONDITIONING, TokenField, common_period
 from model.stage import StageTransformer
 
@@ -63,7 +64,7 @@ def generate_window(
 
     `conditions` maps fields to codes that start where the window starts; `uniform [B, frames, Q]` holds the random
     numbers; the first frames may be `known [B, K, Q]` and are then kept. Raises UserError where the conditions do not
-    fit the stage, FloatingPointError where logits are not finite.
+    fit the stage or logits are not finite.
     """
     batch = len(uniform)
     stage.check(conditions, frames)
@@ -87,7 +88,7 @@ def generate_window(
     step_in = torch.cat([prefix, (ready.repeat(2, 1, 1) if guided else ready) + added[:, : start + 1]], dim=1)
     cache = stage.new_cache(len(dropped), prefix.shape[1] + pattern.steps)
     steps = decoder(stage.transformer, stage.rotary(conditions, pattern), cache)
-    finite = torch.ones((), dtype=torch.bool, device=uniform.device)
+    first_bad = torch.full((), pattern.steps, device=uniform.device)
     for step in range(start, pattern.steps):
         hidden = steps.feed(step_in)
         embedded = stage.embedding.weight.new_zeros(batch, stage.embedding.embedding_dim)
@@ -97,15 +98,17 @@ def generate_window(
                 if guided:
                     conditioned, free = logits.chunk(2)
                     logits = free + sampler.cfg * (conditioned - free)
-                finite &= logits.isfinite().all()  # looked at once, at the end: a GPU would wait at every look
+                # Looked at once, at the end: a GPU would wait at every look.
+                first_bad = torch.where(logits.isfinite().all(), first_bad, first_bad.clamp_max(step))
                 codes[:, frame, quantizer] = sampler.draw(logits, uniform[:, frame, quantizer])
             embedded = embedded + stage.embedding(codes[:, frame, quantizer] + stage.offsets[quantizer])
         if step + 1 < pattern.steps:
             step_in = (embedded.repeat(2, 1) if guided else embedded)[:, None] + added[:, step + 1 : step + 2]
         on_step(step + 1, pattern.steps)
-    if not finite:
-        raise FloatingPointError(
-            f"logits of field {stage.target.name!r} are not finite while sampling: the weights are damaged or diverged"
+    if first_bad < pattern.steps:
+        raise UserError(
+            f"logits of field {stage.target.name!r} are not finite from step {int(first_bad)} of {pattern.steps} on: "
+            "the weights are damaged or their training diverged. Export an earlier checkpoint, or train again."
         )
     return codes
 
