@@ -45,18 +45,22 @@ def record(index: int) -> dict:
     }
 
 
-def make_run(folder):
-    """A run folder that is ready to train its coarse stage."""
-    train = TrainConfig(
-        steps=STEPS,
-        global_batch=8,
-        learning_rate=1e-2,
-        warmup_steps=4,
-        log_every=6,
-        validate_every=30,
-        checkpoint_every=16,
+SCHEDULE = {
+    "steps": STEPS,
+    "global_batch": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 4,
+    "log_every": 6,
+    "validate_every": 30,
+    "checkpoint_every": 16,
+}
+
+
+def make_run(folder, model=None, **train):
+    """A run folder that is ready to train its coarse stage, with the keys `model` and `train` changed."""
+    config = StageConfig(
+        model=coarse_config(pattern="delay", **(model or {})), train=TrainConfig(**{**SCHEDULE, **train})
     )
-    config = StageConfig(model=coarse_config(pattern="delay"), train=train)
     recipe = {"name": "test", "seed": 1, "stages": {"coarse": config.model_dump(mode="json")}}
     (folder / "coarse").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -76,8 +80,8 @@ def make_run(folder):
     return folder
 
 
-def start(run):
-    command = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+def start(run, ranks=2):
+    command = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
     log = (run / "log.txt").open("a")
     return subprocess.Popen(
         [sys.executable, "-m", *command, "--module", "trainer", "--run", str(run), "--stage", "coarse"],
@@ -174,3 +178,23 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(trained, tmp_path, num
     assert digest(run / "coarse" / "model.safetensors") == digest(trained / "coarse" / "model.safetensors")
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(6, STEPS + 1, 6))
+
+
+def test_dropping_and_masking_stay_on_across_validation_passes(tmp_path):
+    """How often a stage validates changes nothing of what it learns; without either of the two it learns otherwise."""
+    both = {"condition_dropout": 0.5, "forgetful_masking": 0.5}
+    runs = {
+        "always": make_run(tmp_path / "always", both, steps=8, validate_every=1),
+        "never": make_run(tmp_path / "never", both, steps=8, validate_every=1000),
+        "no dropping": make_run(tmp_path / "no dropping", {**both, "condition_dropout": 0.0}, steps=8),
+        "no masking": make_run(tmp_path / "no masking", {**both, "forgetful_masking": 0.0}, steps=8),
+    }
+    processes = {name: start(run, ranks=1) for name, run in runs.items()}
+    assert [finish(runs[name], process) for name, process in processes.items()] == [0] * len(runs)
+    weights = {name: load_file(run / "coarse" / "model.safetensors") for name, run in runs.items()}
+    assert weights["always"].keys() == weights["never"].keys()
+    for name, value in weights["always"].items():
+        assert torch.equal(value, weights["never"][name]), name
+    # A validation before the first step could switch them off in both: each must be seen to act.
+    assert not torch.equal(weights["never"]["heads"], weights["no dropping"]["heads"])
+    assert not torch.equal(weights["never"]["heads"], weights["no masking"]["heads"])
