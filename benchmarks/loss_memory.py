@@ -2,8 +2,8 @@
 
     python benchmarks/loss_memory.py benchmarks/records/loss_memory.json
 
-Counted is every byte that forward and backward hold beyond what is there before: the hidden states and the heads. So the
-gradient of the hidden states, as large as they are, counts, and that of the heads. Nothing is timed.
+Counted is every byte that forward and backward hold beyond what is there before, the hidden states and the heads. So
+the gradient of the hidden states, as large as they are, counts, and that of the heads. Nothing is timed.
 """
 
 from __future__ import annotations
