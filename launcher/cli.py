@@ -31,6 +31,7 @@ Overrides = Annotated[
         help="Keys of the recipe to change: data.clips=500, or stage_defaults.train.steps=100 for every stage.",
     ),
 ]
+BY_STAGE = "NUMBER|STAGE=NUMBER,..."
 RunOption = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder made by `stretto run`.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `stretto run`.")]
 
@@ -177,20 +178,42 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="WAV", help="Several get -1, -2 ... .")] = Path(
         "out.wav"
     ),
-    seconds: Annotated[float | None, typer.Option(help="Length; one window when not given.", min=0.1)] = None,
-    samples: Annotated[int, typer.Option(help="Pieces for each prompt.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same music.", min=0)] = 0,
-    cfg: Annotated[float | None, typer.Option(help="Guidance: how closely to keep to the prompt.", min=0)] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest, 1 draws freely.", min=0)] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length; one window when not given.")] = None,
+    samples: Annotated[int, typer.Option(help="Pieces for each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same music.")] = 0,
+    cfg: Annotated[
+        str | None, typer.Option(metavar=BY_STAGE, help="Guidance: how closely to keep to the prompt; 1 is none.")
+    ] = None,
+    temperature: Annotated[
+        str | None, typer.Option(metavar=BY_STAGE, help="0 takes the likeliest, 1 draws freely.")
+    ] = None,
+    top_k: Annotated[str | None, typer.Option(metavar=BY_STAGE, help="Draw from so many of the likeliest.")] = None,
+    top_p: Annotated[
+        str | None, typer.Option(metavar=BY_STAGE, help="Draw from the likeliest that together have this probability.")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Music longer than a window: the share of each that the next one takes up again.")
+    ] = 0.5,
     like: Annotated[
         Path | None, typer.Option(metavar="AUDIO", help="In the manner of a recording, not of words.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="A GPU where there is one, when not given.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|fp32|bf16", help="Of the weights; auto is bf16 on a GPU, fp32 on a CPU.")
+    ] = "auto",
 ) -> None:
-    """Make music from words, or in the manner of a recording."""
-    from launcher.generate import Request, generate_files
+    """Make music from words, or in the manner of a recording.
 
-    request = Request(prompts or [], like, seconds, samples, seed, cfg, temperature, top_k)
+    --cfg, --temperature, --top-k and --top-p take one number, or one for each stage: semantic=0.8,coarse=0.5. Stages
+    that are not named do as the bundle says.
+    """
+    from launcher.generate import Request, generate_files, read_options
+
+    by_stage = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = read_options(by_stage, seconds=seconds, samples=samples, seed=seed, overlap=overlap)
+    request = Request(prompts or [], like, options, device, dtype)
     for path, what in generate_files(bundle, request, output, Console(stderr=True)):
         print(f"{path}: {what}")
 

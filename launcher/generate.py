@@ -12,21 +12,48 @@ from rich.console import Console
 from launcher.display import ConsoleProgress
 from model import artifact
 from model.errors import UserError
+from model.generation import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to make. What is None is as the bundle says."""
+    """What to make, and how."""
 
     prompts: list[str]
     like: Path | None
-    seconds: float | None
-    samples: int
-    """Pieces for each prompt."""
-    seed: int
-    cfg: float | None
-    temperature: float | None
-    top_k: int | None
+    options: GenerationConfig
+    """What is not set is as the bundle says."""
+    device: str | None = None
+    """A GPU where there is one, when None."""
+    dtype: str = "auto"
+
+
+def read_options(by_stage: dict[str, str | None], **others: Any) -> GenerationConfig:
+    """Options of the command line by their names in Python; what is None is as the bundle says.
+
+    Those of `by_stage` are text: `0.9` for all stages, or `semantic=0.8,coarse=0.5`. Raises UserError for values that
+    are not allowed.
+    """
+    values = {name: text if text is None else _by_stage(name, text) for name, text in by_stage.items()}
+    return GenerationConfig.of({**values, **others}, _flag)
+
+
+def _by_stage(name: str, text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        stage, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise UserError(f"{_flag(name)} is {text!r}: give one number, or STAGE=NUMBER for each stage and commas.")
+        if stage in found:
+            raise UserError(f"{_flag(name)} is {text!r}: it names {stage} twice.")
+        found[stage] = value
+    return found
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def generate_files(bundle: Path, request: Request, output: Path, console: Console) -> Iterator[tuple[Path, str]]:
@@ -46,19 +73,16 @@ def generate_files(bundle: Path, request: Request, output: Path, console: Consol
     from model.pipeline import MusicPipeline
 
     with ConsoleProgress(console) as progress:
-        pipeline = MusicPipeline.load(path)
+        pipeline = MusicPipeline.load(path, request.device, request.dtype)
         samples = pipeline.generate(
-            **_source(request, pipeline),
-            seconds=request.seconds,
-            seed=request.seed,
-            cfg=request.cfg,
-            temperature=request.temperature,
-            top_k=request.top_k,
+            request.prompts or None,
+            like=_recording(request.like, pipeline.embedder.sample_rate) if request.like else None,
+            **request.options.model_dump(exclude_unset=True),
             on_step=lambda stage, done, total: progress.update(done, total, stage),
         )
     import soundfile
 
-    words = [text for text in request.prompts or [f"like {request.like}"] for _ in range(request.samples)]
+    words = [text for text in request.prompts or [f"like {request.like}"] for _ in range(request.options.samples)]
     for number, (text, wave) in enumerate(zip(words, samples.waveform.cpu().numpy(), strict=True), start=1):
         file = output if len(words) == 1 else output.with_name(f"{output.stem}-{number}{output.suffix}")
         soundfile.write(file, wave, samples.sample_rate, subtype="PCM_16")
@@ -74,21 +98,13 @@ def find_bundle(path: Path) -> Path:
     return path / "bundle"
 
 
-def _source(request: Request, pipeline: Any) -> dict[str, Any]:
-    """What the pipeline makes music from: each prompt, or the recording, once for each sample."""
-    if request.like is None:
-        return {"prompts": [text for text in request.prompts for _ in range(request.samples)]}
+def _recording(path: Path, sample_rate: int) -> Any:
+    """The recording, mono float32 `[1, time]` at `sample_rate`."""
     import torch
 
-    wave = _recording(request.like, pipeline.embedder.sample_rate)
-    return {"like": torch.from_numpy(wave).expand(request.samples, -1)}
-
-
-def _recording(path: Path, sample_rate: int) -> Any:
-    """The recording, mono float32 `[samples]` at `sample_rate`."""
     from data.audio import AudioError, probe, read_mono
 
     try:
-        return read_mono(path, 0.0, probe(path).seconds, sample_rate)
+        return torch.from_numpy(read_mono(path, 0.0, probe(path).seconds, sample_rate))[None]
     except AudioError as error:
         raise UserError(f"{path} cannot be used: {error}") from None

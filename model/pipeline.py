@@ -17,6 +17,7 @@ from model.encoders import load_codec, load_joint_embedder
 from model.encoders.base import Codec, JointEmbedder
 from model.errors import UserError
 from model.fields import ACOUSTIC, CONDITIONING, TokenField
+from model.generation import GenerationConfig
 from model.kmeans import ResidualKMeans
 from model.sampling import Sampler, generate_stage
 from model.stage import StageTransformer, build_stage
@@ -28,6 +29,7 @@ JOINT = Path("encoders/joint")
 BATCH = 32
 """Clips generated together: guidance doubles it, and every clip keeps a key/value cache."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PerStage = Mapping[StageName, Any]
 
 
@@ -62,17 +64,19 @@ class MusicPipeline:
         """Whether the models were trained with captions, without which words mean nothing to them."""
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str | None = None) -> MusicPipeline:
-        """The bundle at `path`, its stages on `device` (a GPU where there is one).
+    def load(cls, path: str | Path, device: torch.device | str | None = None, dtype: str = "auto") -> MusicPipeline:
+        """The bundle at `path`, its stages on `device` (a GPU where there is one) with weights of `dtype`.
 
-        Raises UserError where `path` is no bundle, or a file of it is missing or cut short.
+        `auto` is fp32 on a CPU and bf16 on a GPU. Encoders, codec and quantizers stay in fp32 on the CPU. Raises
+        UserError where `path` is no bundle, a file of it is missing or cut short, or there is no such device or dtype.
         """
+        device = choose_device(device)
+        weights = choose_dtype(dtype, device)
         bundle = artifact.read(Path(path), KIND)
         incomplete = artifact.problems(bundle, digests=False)
         if incomplete:
             raise UserError(f"The bundle {path} is not whole: {incomplete[0]}. Export it again.")
         info = bundle.info
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         fields = {name: TokenField.from_json(value) for name, value in info["fields"].items()}
         quantizers = load_file(bundle.path / QUANTIZERS)
         encoders = EncodersConfig.model_validate(info["encoders"])
@@ -80,8 +84,8 @@ class MusicPipeline:
         for name in STAGES:
             stage = build_stage(StageModelConfig.model_validate(info["stages"][name]), fields, quantizers)
             stage.load_state_dict(load_file(bundle.path / f"{name}.safetensors"))
-            stages[name] = stage.to(device).eval()
-            stages[name].configure(ExecutionConfig())
+            stages[name] = stage.to(device, weights).eval()
+            stages[name].configure(ExecutionConfig())  # last: it looks at the weights' device and type
         return cls(
             stages,
             fields,
@@ -97,62 +101,67 @@ class MusicPipeline:
         prompts: list[str] | None = None,
         *,
         like: Tensor | None = None,
+        samples: int = 1,
         seconds: float | None = None,
         seed: int = 0,
         temperature: float | PerStage | None = None,
         top_k: int | PerStage | None = None,
+        top_p: float | PerStage | None = None,
         cfg: float | PerStage | None = None,
+        overlap: float = 0.5,
         on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> Samples:
-        """Music for each of `prompts`, or in the manner of each wave of `like [clips, samples]` at the embedder's rate.
+        """Music for each of `prompts`, or in the manner of each wave of `like [waves, time]` at the embedder's rate.
 
-        `seconds` is the semantic stage's window when not given; longer music is made by windows that slide. A number
-        for `temperature`, `top_k` or `cfg` holds for all stages, a mapping for those it names, and the bundle's own
-        values for the rest. Clip i is a function of its prompt and `seed + i` alone. `on_step(stage, done, total)`
-        reports. Raises UserError for text where the bundle was trained without captions.
+        Each gives `samples` clips, one after another: clip i is of prompt i // samples, and a function of that prompt
+        and `seed + i` alone. `seconds` is the semantic stage's window when not given; longer music is made by windows
+        that slide, each taking up a share `overlap` of the one before. A number for `temperature`, `top_k`, `top_p` or
+        `cfg` holds for all stages, a mapping for those it names, and the bundle's own values for the rest.
+        `on_step(stage, done, total)` reports. Raises UserError for values out of bounds (model/generation.py), and for
+        text where the bundle was trained without captions.
         """
+        options = {"samples": samples, "seconds": seconds, "seed": seed, "overlap": overlap}
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg": cfg}
+        config = GenerationConfig.of({**options, **sampling})
+        seconds = self.window_seconds if config.seconds is None else config.seconds
+        self._check_frames(seconds)
         conditioning = self.quantizer.encode(self._embed(prompts, like).cpu())[:, None]
-        seconds = self.window_seconds if seconds is None else seconds
-        samplers = self._samplers(temperature, top_k, cfg)
+        conditioning = conditioning.repeat_interleave(config.samples, dim=0)
         waves = [
-            self.codec.decode(codes.cpu())
-            for codes in self._acoustic_codes(conditioning, seconds, seed, samplers, on_step)
+            self.codec.decode(codes.cpu()) for codes in self._acoustic_codes(conditioning, seconds, config, on_step)
         ]
         return Samples(torch.cat(waves).clamp(-1, 1), self.codec.sample_rate)
 
     def _embed(self, prompts: list[str] | None, like: Tensor | None) -> Tensor:
-        """Unit vectors `[clips, dim]` of what the music is to follow."""
-        if prompts is not None and like is None:
+        """Unit vectors `[prompts or waves, dim]` of what the music is to follow."""
+        if prompts and like is None:
             if not self.captions:
                 raise UserError(
                     "This bundle was trained without captions, so it cannot follow words: give it a recording to "
                     "resemble (`stretto generate BUNDLE --like A.wav`)."
                 )
             return self.embedder.embed_text(prompts)
-        if like is not None and prompts is None:
+        if like is not None and not prompts:
             return self.embedder.embed_audio(like)
         raise ValueError("give either prompts or like")
+
+    def _check_frames(self, seconds: float) -> None:
+        """Raises UserError where some stage would not have one frame to make."""
+        fields = [stage.target for stage in self.stages.values()]
+        if not all(field.frames(seconds) for field in fields):
+            shortest = max(float(1 / field.rate) for field in fields)
+            raise UserError(f"seconds is {seconds:g}: it must be at least {shortest:g}, one frame of every stage.")
 
     @property
     def window_seconds(self) -> float:
         """Seconds of music the semantic stage sees at once."""
         return self.stages["semantic"].config.window_seconds
 
-    def _samplers(self, temperature: Any, top_k: Any, cfg: Any) -> dict[StageName, Sampler]:
+    def _samplers(self, asked: SamplingConfig) -> dict[StageName, Sampler]:
         """One sampler a stage: what the caller asks for, then what the bundle says, then the plain value."""
-
-        def choose(asked: Any, own: PerStage, stage: StageName, plain: Any) -> Any:
-            if asked is not None and not isinstance(asked, Mapping):
-                return asked
-            return (asked or {}).get(stage, own.get(stage, plain))
-
-        own = self.sampling
+        chosen = {name: getattr(self.sampling, name) | getattr(asked, name) for name in SamplingConfig.model_fields}
         return {
-            stage: Sampler(
-                temperature=choose(temperature, own.temperature, stage, 1.0),
-                top_k=choose(top_k, own.top_k, stage, None),
-                cfg=choose(cfg, own.cfg, stage, 1.0),
-            )
+            stage: Sampler(**{name: values[stage] for name, values in chosen.items() if stage in values})
             for stage in self.stages
         }
 
@@ -160,14 +169,14 @@ class MusicPipeline:
         self,
         conditioning: Tensor,
         seconds: float,
-        seed: int,
-        samplers: dict[StageName, Sampler],
+        config: GenerationConfig,
         on_step: Callable[[str, int, int], None],
     ) -> Iterator[Tensor]:
         """The codes that the codec decodes, `[clips, frames, quantizers]`, a batch of clips at a time."""
+        samplers = self._samplers(config)
         batches = conditioning.split(BATCH)
         for number, rows in enumerate(batches):
-            first = seed + number * BATCH
+            first = config.seed + number * BATCH
             codes = {CONDITIONING: rows.to(self._device)}
             for index, (name, stage) in enumerate(self.stages.items()):
                 field = stage.target
@@ -180,10 +189,34 @@ class MusicPipeline:
                 def report(done: int, total: int, name: str = name, number: int = number) -> None:
                     on_step(name, number * total + done, len(batches) * total)
 
-                made = generate_stage(stage, codes, seconds, samplers[name], seeds, on_step=report)
+                made = generate_stage(stage, codes, seconds, samplers[name], seeds, config.overlap, report)
                 whole[..., stage.quantizers.start : stage.quantizers.stop] = made
             yield codes[ACOUSTIC]
 
     @property
     def _device(self) -> torch.device:
         return self.stages["semantic"].embedding.weight.device
+
+
+def choose_device(name: torch.device | str | None) -> torch.device:
+    """The device to make music on: a GPU where there is one, unless named. Raises UserError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name!r}: it must be cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):  # others have no fp64, in which codes are drawn
+        raise UserError(f"device is {str(name)!r}: it must be cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {str(name)!r}: torch finds {torch.cuda.device_count()} GPUs here. Choose cpu.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the stages' weights. Raises UserError for a name that is not known."""
+    if name == "auto":
+        return DTYPES["bf16" if device.type == "cuda" else "fp32"]
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}: it must be auto, fp32 or bf16.")
+    return DTYPES[name]

@@ -1,0 +1,84 @@
+"""A bundle whose models were never trained, made in a second: every part is real, and small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model import artifact
+from model.config import (
+    STAGES,
+    CodecConfig,
+    ConditionConfig,
+    EncodersConfig,
+    JointEmbedderConfig,
+    StageModelConfig,
+    TransformerConfig,
+)
+from model.encoders.mel import MelCodec
+from model.encoders.towers import TwoTowers, fit_tokenizer
+from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC, TokenField
+from model.kmeans import ResidualKMeans
+from model.pipeline import CODEC, JOINT, KIND, QUANTIZERS
+from model.stage import build_stage
+
+ENCODERS = EncodersConfig(
+    codec=CodecConfig(quantizers=3, codebook_size=32), joint=JointEmbedderConfig(dim=16, width=64)
+)
+WINDOW_SECONDS = 1.0
+FIELDS = {
+    CONDITIONING: TokenField(CONDITIONING, 0.2, 2, 16),
+    SEMANTIC: TokenField(SEMANTIC, 25, 1, 32),
+    ACOUSTIC: TokenField(ACOUSTIC, 25, 3, 32),
+}
+PROMPTS = ["a slow flute", "a fast low bell with drums"]
+
+
+def make_bundle(folder: Path, *, captions: bool = True) -> Path:
+    """Writes a bundle to `folder`. Its weights are large enough for the prompt and every code to matter."""
+    torch.manual_seed(0)
+    towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128))
+    codec = MelCodec(ENCODERS.codec)
+    codec.quantizer.fit([codec.vectors(0.3 * torch.randn(4, 32_000).cumsum(1).sin()).flatten(0, 1)])
+    conditioning = ResidualKMeans(2, 16, ENCODERS.joint.dim)
+    conditioning.fit([torch.nn.functional.normalize(torch.randn(200, ENCODERS.joint.dim))])
+    quantizers = {CONDITIONING: conditioning.centroids}
+    with artifact.create(folder, KIND, "0" * 16) as (partial, info):
+        for name, config in stage_configs().items():
+            stage = build_stage(config, FIELDS, quantizers)
+            for parameter in stage.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+            save_file(stage.state_dict(), partial / f"{name}.safetensors")
+        save_file(quantizers, partial / QUANTIZERS)
+        for part, model in ((CODEC, codec), (JOINT, towers)):
+            (partial / part).mkdir(parents=True)
+            model.save(partial / part)
+        info.update(
+            fields={name: field.to_json() for name, field in FIELDS.items()},
+            captions=captions,
+            encoders=ENCODERS.model_dump(mode="json"),
+            sampling={},
+            stages={name: config.model_dump(mode="json") for name, config in stage_configs().items()},
+        )
+    return folder
+
+
+def stage_configs() -> dict[str, StageModelConfig]:
+    described = ConditionConfig(field=CONDITIONING, paths=["prefix", "summed"])
+    common = {"window_seconds": WINDOW_SECONDS, "transformer": TransformerConfig(dim=32, layers=1, heads=1)}
+    parts = {
+        "semantic": {"field": SEMANTIC, "conditions": [described]},
+        "coarse": {
+            "field": ACOUSTIC,
+            "last": 1,
+            "conditions": [described, ConditionConfig(field=SEMANTIC, paths=["aligned"])],
+        },
+        "fine": {
+            "field": ACOUSTIC,
+            "first": 1,
+            "conditions": [ConditionConfig(field=ACOUSTIC, last=1, paths=["aligned"])],
+        },
+    }
+    return {name: StageModelConfig(**parts[name], **common) for name in STAGES}
