@@ -39,11 +39,13 @@ PROMPTS = ["a slow flute", "a fast low bell with drums"]
 def make_bundle(folder: Path, *, captions: bool = True) -> Path:
     """Writes a bundle to `folder`. Its weights are large enough for the prompt and every code to matter."""
     torch.manual_seed(0)
-    towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128))
+    towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128)).eval()
     codec = MelCodec(ENCODERS.codec)
     codec.quantizer.fit([codec.vectors(0.3 * torch.randn(4, 32_000).cumsum(1).sin()).flatten(0, 1)])
     conditioning = ResidualKMeans(2, 16, ENCODERS.joint.dim)
-    conditioning.fit([torch.nn.functional.normalize(torch.randn(200, ENCODERS.joint.dim))])
+    words = " ".join(PROMPTS).split()
+    # Embeddings of untrained towers lie close together: only centroids among them tell the prompts apart.
+    conditioning.fit([towers.embed_text([" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)])])
     quantizers = {CONDITIONING: conditioning.centroids}
     with artifact.create(folder, KIND, "0" * 16) as (partial, info):
         for name, config in stage_configs().items():

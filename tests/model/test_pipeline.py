@@ -53,6 +53,7 @@ def test_a_piece_is_its_prompt_and_its_seed_alone(codes):
     for row, made in enumerate(together):
         assert torch.equal(codes([PROMPTS[row // 3]], seed=5 + row)[0], made)
     assert len(torch.unique(together, dim=0)) == 6
+    assert not torch.equal(codes([PROMPTS[1]], seed=5)[0], together[0])  # the prompt matters
 
 
 def test_a_recording_gives_samples_too(codes):
