@@ -84,8 +84,10 @@ class MusicPipeline:
         for name in STAGES:
             stage = build_stage(StageModelConfig.model_validate(info["stages"][name]), fields, quantizers)
             stage.load_state_dict(load_file(bundle.path / f"{name}.safetensors"))
-            stages[name] = stage.to(device, weights).eval()
-            stages[name].configure(ExecutionConfig())  # last: it looks at the weights' device and type
+            stages[name] = stage.to(device).eval()
+            for weight in stage.parameters():  # as in training, the centroids of summed conditions stay in fp32
+                weight.data = weight.data.to(weights)
+            stage.configure(ExecutionConfig())  # last: it looks at the weights' device and type
         return cls(
             stages,
             fields,

@@ -108,6 +108,7 @@ def test_the_stages_have_the_type_asked_for_and_the_rest_stays(bundle, dtype, ex
     weights = [weight for stage in pipeline.stages.values() for weight in stage.parameters()]
     assert {weight.dtype for weight in weights} == {expected}
     assert {weight.dtype for weight in pipeline.embedder.parameters()} == {torch.float32}
+    assert pipeline.stages["semantic"].conditions[0].centroids.dtype == torch.float32  # as DeepSpeed trains with them
     made = pipeline.generate(PROMPTS, seconds=0.8, cfg=2.0).waveform
     assert made.dtype == torch.float32
     assert made.shape == (2, 12_800)
