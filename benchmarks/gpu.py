@@ -47,6 +47,8 @@ def main() -> None:
     if arguments.small:
         arguments.sizes = ["small"]
     session = Session(arguments, Console(width=120), time.monotonic() + 60 * arguments.minutes)
+    if session.on_gpu and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu --small shows that the script works.")
     if session.on_gpu and session.peak is None:
         parser.error(f"the peak of {accelerator(arguments.device)} is not known here: give --peak TFLOP/s.")
     torch.manual_seed(0)
