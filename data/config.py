@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from model.config import Config
+from model.fields import TokenField, common_period
 
 
 class DataConfig(Config):
@@ -21,9 +25,20 @@ class DataConfig(Config):
     clip_seconds: PositiveFloat = 5.0
     """Files are cut into clips of this length from their start. What is left at the end of a file, or a whole short
     file, is a clip as well when it has at least 90 % of the length; the rest of that clip is silence."""
+    shortest_seconds: PositiveFloat | None = None
+    """With it, what is left at the end of a file, or a whole short file, of at least this length is a clip of its own
+    length, without silence. The stages train on it, and with train.packing in windows as short as it is; the codec,
+    the joint embedding and the quantizers are fitted on clips of clip_seconds alone."""
     sample_rate: PositiveInt = 16_000
     """Rate of the built-in corpus."""
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of the clips kept for validation: all clips of some source files, or the end of the only one."""
     silence_db: float = Field(-60.0, le=0)
     """Clips whose loudest 50 ms stay below this level (dB full scale) are skipped as silent."""
+
+
+def aligned_seconds(seconds: float, fields: Sequence[TokenField]) -> float:
+    """How much of a short clip of `seconds` is used: the longest time that is a whole number of frames of each of
+    `fields`, so that all of them end together."""
+    period = common_period(list(fields))
+    return float(Fraction(seconds).limit_denominator(1_000_000) // period * period)

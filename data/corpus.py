@@ -1,4 +1,4 @@
-"""The corpus artifact: a list of clips of equal length with their captions, and the prompts to evaluate with."""
+"""The corpus artifact: a list of clips with their captions, and the prompts to evaluate with."""
 
 from __future__ import annotations
 
@@ -46,12 +46,15 @@ class Prompt:
     attributes: dict[str, str] | None = None
 
 
-def read_clips(corpus: Path, split: str | None = None) -> list[Clip]:
-    """The clips of a corpus folder in their stored order, all of them or those of one split."""
-    rows = read_jsonl(corpus / CLIPS)
-    return [
-        Clip(**{**row, "captions": tuple(row["captions"])}) for row in rows if split is None or row["split"] == split
-    ]
+def read_clips(corpus: Path, split: str | None = None, *, short: bool = False) -> list[Clip]:
+    """The clips of a corpus folder in their stored order, of all splits or of one.
+
+    They have one length, that of the longest, as those who fit and judge on batches of audio want it; with `short`
+    those that are shorter are among them.
+    """
+    clips = [Clip(**{**row, "captions": tuple(row["captions"])}) for row in read_jsonl(corpus / CLIPS)]
+    longest = max((clip.seconds for clip in clips), default=0.0)
+    return [clip for clip in clips if split in (None, clip.split) and (short or clip.seconds == longest)]
 
 
 def write_clips(folder: Path, clips: Iterable[Clip]) -> None:

@@ -1,4 +1,4 @@
-"""A user's own audio: a folder of files → a corpus of clips of one length, whatever state the files are in."""
+"""A user's own audio: a folder of files → a corpus of clips, whatever state the files are in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.audio import SHORTEST, AudioError, check, pieces
+from data.audio import SHORTEST, AudioError, Piece, check, pieces
 from data.caption_files import Captions, captions_file
 from data.config import DataConfig
 from data.corpus import SKIPPED, TRAIN, VALIDATION, Clip, Prompt, write_clips, write_jsonl, write_prompts
@@ -61,15 +61,29 @@ class Skipped:
 class _Task:
     path: Path
     clip_seconds: float
+    shortest_seconds: float | None
     silence_db: float
+
+    @property
+    def needed(self) -> float:
+        """Seconds of audio that make a clip."""
+        return SHORTEST * self.clip_seconds if self.shortest_seconds is None else self.shortest_seconds
+
+    def length(self, piece: Piece) -> float | None:
+        """Seconds of the clip that `piece` makes, or None where it is too short for one."""
+        # Where a clip is no whole number of samples, every other piece lacks one.
+        whole = piece.seconds > self.clip_seconds - 1 / piece.rate
+        if not whole and piece.seconds < self.needed:
+            return None
+        return self.clip_seconds if whole or self.shortest_seconds is None else piece.seconds
 
 
 @dataclass
 class _Found:
-    """What one file holds: where its good clips start (seconds), and why the others are not."""
+    """What one file holds: start and length of its good clips (seconds), and why the others are not."""
 
     path: Path
-    starts: list[float] = field(default_factory=list)
+    clips: list[tuple[float, float]] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -77,8 +91,9 @@ def index_folder(folder: Path, config: DataConfig, seed: int, progress: Progress
     """Fills `folder` with the clip list of the user's audio in `config.audio`, prompts, and what was skipped and why.
 
     Every file, whatever its name, is decoded once and cut into clips of `config.clip_seconds` that do not overlap. A
-    last part of at least 90 % of a clip is one as well, padded with silence; a shorter one is left out. The audio stays
-    where it is. Validation takes whole files, chosen by `seed`; the clips at its end where there is but one file.
+    last part of at least 90 % of a clip is one as well, padded with silence, or with `config.shortest_seconds` one of
+    at least that length, which keeps its own; a shorter one is left out. The audio stays where it is. Validation takes
+    whole files, chosen by `seed`; the clips at its end where but one file has clips of full length.
 
     Returns what the artifact's manifest says of it. Raises UserError when the folder or the captions file cannot be
     used or nothing is left.
@@ -88,7 +103,7 @@ def index_folder(folder: Path, config: DataConfig, seed: int, progress: Progress
     captions = Captions(captions_file(config.captions, root), root, files)
     found = _inspect(files, config, progress)
     skipped = [row for one in found if (row := _skipped(one, root))]
-    usable = [one for one in found if one.starts]
+    usable = [one for one in found if one.clips]
     if not usable:
         raise UserError(_nothing_left(root, config, skipped))
     clips: list[Clip] = []
@@ -100,8 +115,8 @@ def index_folder(folder: Path, config: DataConfig, seed: int, progress: Progress
             skipped.append(
                 Skipped(_name(one.path, root), "captions not readable", "NAME.txt is not UTF-8 text", len(splits))
             )
-        for start, split in zip(one.starts, splits, strict=True):
-            clips.append(Clip(f"clip-{len(clips):06d}", str(one.path), start, config.clip_seconds, texts, split))
+        for (start, seconds), split in zip(one.clips, splits, strict=True):
+            clips.append(Clip(f"clip-{len(clips):06d}", str(one.path), start, seconds, texts, split))
     skipped += [
         Skipped(name, "caption names a missing file", f"line {line} of the captions file")
         for name, line in captions.missing
@@ -109,11 +124,12 @@ def index_folder(folder: Path, config: DataConfig, seed: int, progress: Progress
     write_clips(folder, clips)
     write_jsonl(folder / SKIPPED, (asdict(row) for row in skipped))
     write_prompts(folder, _prompts(clips))
-    return _info(clips, usable, skipped)
+    return _info(clips, usable, skipped, config)
 
 
 def sources_fingerprint(config: DataConfig) -> str:
-    """Changes when a file of the audio folder or the captions file is added, removed or changed (size or time).
+    """Changes when a file of the audio folder or the captions file is added, removed or changed (size or time), and
+    with `config.shortest_seconds`, which says how much of them is used.
 
     Nothing is read, so it is quick. Raises UserError when `config.audio` is no folder or the captions file is missing.
     """
@@ -124,7 +140,8 @@ def sources_fingerprint(config: DataConfig) -> str:
     digest = hashlib.sha256()
     for name, stat in stats:
         digest.update(os.fsencode(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
-    return fingerprint(str(root), digest.hexdigest())
+    shortest = [] if config.shortest_seconds is None else [config.shortest_seconds]
+    return fingerprint(str(root), digest.hexdigest(), *shortest)
 
 
 def audio_files(folder: Path) -> list[Path]:
@@ -178,7 +195,7 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _inspect(files: list[Path], config: DataConfig, progress: Progress) -> list[_Found]:
-    tasks = [_Task(path, config.clip_seconds, config.silence_db) for path in files]
+    tasks = [_Task(path, config.clip_seconds, config.shortest_seconds, config.silence_db) for path in files]
     found = []
     for one in over_processes(_inspect_one, tasks, tasks_a_process=32, chunk=4):
         found.append(one)
@@ -191,14 +208,15 @@ def _inspect_one(task: _Task) -> _Found:
     found = _Found(task.path)
     try:
         for piece in pieces(task.path, task.clip_seconds):
-            if piece.seconds < SHORTEST * task.clip_seconds:
+            seconds = task.length(piece)
+            if seconds is None:
                 if piece.start == 0:
-                    shortest = SHORTEST * task.clip_seconds
-                    found.faults.append(("too short", f"it lasts {piece.seconds:.2f} s; a clip needs {shortest:g} s"))
+                    lasts = f"it lasts {piece.seconds:.2f} s; a clip needs {task.needed:g} s"
+                    found.faults.append(("too short", lasts))
                 continue
             try:
                 check(piece.wave, piece.rate, task.silence_db)
-                found.starts.append(piece.start)
+                found.clips.append((piece.start, seconds))
             except AudioError as error:
                 found.faults.append((error.reason, f"at {piece.start:g} s {error.detail}"))
     except AudioError as error:
@@ -217,7 +235,7 @@ def _skipped(found: _Found, root: Path) -> Skipped | None:
     alike = sum(fault == reason for fault, _ in found.faults)
     if alike > 1:
         detail += f"; {alike - 1} more clips like this"
-    return Skipped(_name(found.path, root), reason, detail, len(found.starts))
+    return Skipped(_name(found.path, root), reason, detail, len(found.clips))
 
 
 def _nothing_left(root: Path, config: DataConfig, skipped: list[Skipped]) -> str:
@@ -234,24 +252,32 @@ def _nothing_left(root: Path, config: DataConfig, skipped: list[Skipped]) -> str
 def _splits(usable: list[_Found], root: Path, config: DataConfig, seed: int) -> list[list[str]]:
     """For each file the split of each of its clips. Whole files go to validation, in an order drawn by `seed`, until it
     has its share of the clips; a file that would make it more than twice that is passed over where others remain.
+    Both splits have a clip of full length.
     """
-    sizes = [len(one.starts) for one in usable]
-    total = sum(sizes)
-    if total < 2:
+    sizes = [len(one.clips) for one in usable]
+    full = [sum(seconds == config.clip_seconds for _, seconds in one.clips) for one in usable]
+    if sum(full) < 2:
         raise UserError(
-            f"data.audio: {root} gives one clip of {config.clip_seconds:g} s; training and validation need at least "
-            "one each. Add audio, or lower data.clip_seconds."
+            f"data.audio: {root} gives {'one clip' if sum(full) else 'no clip'} of {config.clip_seconds:g} s; training "
+            "and validation need at least one each. Add audio, or lower data.clip_seconds."
         )
-    wanted = max(1, round(config.validation * total))
-    if len(usable) == 1:
-        return [[TRAIN] * (total - min(wanted, total - 1)) + [VALIDATION] * min(wanted, total - 1)]
+    wanted = max(1, round(config.validation * sum(sizes)))
     order = sorted(range(len(usable)), key=lambda index: fingerprint(seed, ascii(_name(usable[index].path, root))))
+    having = [index for index in order if full[index]]
+    if len(having) == 1:
+        kept = full[having[0]] - min(wanted, full[having[0]] - 1)
+        return [
+            [TRAIN] * kept + [VALIDATION] * (size - kept) if number else [TRAIN] * size
+            for size, number in zip(sizes, full, strict=True)
+        ]
     chosen: set[int] = set()
+    taken, left = 0, sum(full)
     for index in order:
-        taken = sum(sizes[other] for other in chosen)
-        if taken < wanted and taken + sizes[index] <= min(2 * wanted, total - 1):
+        if taken < wanted and taken + sizes[index] <= 2 * wanted and full[index] < left:
             chosen.add(index)
-    chosen = chosen or {min(order, key=sizes.__getitem__)}
+            taken, left = taken + sizes[index], left - full[index]
+    if left == sum(full):
+        chosen.add(min(having, key=full.__getitem__))
     return [[VALIDATION if index in chosen else TRAIN] * size for index, size in enumerate(sizes)]
 
 
@@ -264,15 +290,15 @@ def _prompts(clips: list[Clip]) -> list[Prompt]:
     return []
 
 
-def _info(clips: list[Clip], usable: list[_Found], skipped: list[Skipped]) -> dict[str, Any]:
+def _info(clips: list[Clip], usable: list[_Found], skipped: list[Skipped], config: DataConfig) -> dict[str, Any]:
     return {
         "clips": len(clips),
         "splits": dict(Counter(clip.split for clip in clips)),
         "held_out_combinations": [],
         "skipped": len(skipped),
         "skipped_reasons": dict(Counter(row.reason for row in skipped)),
-        # Training is what the words are learnt from.
-        "captions": any(clip.captions for clip in clips if clip.split == TRAIN),
+        # Training clips of full length are what the words are learnt from.
+        "captions": any(clip.captions for clip in clips if clip.split == TRAIN and clip.seconds == config.clip_seconds),
         "captioned": sum(bool(clip.captions) for clip in clips),
         "files": len(usable),
         "seconds": sum(clip.seconds for clip in clips),

@@ -7,6 +7,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.config import aligned_seconds
 from data.corpus import TRAIN, VALIDATION, Clip, load_clip, read_clips
 from data.progress import Progress
 from data.shards import write_records
@@ -44,11 +47,17 @@ def tokenise(
     """Writes the training and validation clips of `corpus` as token shards `folder`/{train,validation}.
 
     `codec`, `embedding` and `quantizers` are the artifacts with the fitted parts. Returns what the manifest says: the
-    token fields, clip length, length and hop of the embedding windows, records of each split. Clips of other splits are
-    not written: they are for evaluation. Raises UserError when an audio file has changed since the corpus was made.
+    token fields, lengths of the longest and of the shortest clip, length and hop of the embedding windows, records of
+    each split. A clip shorter than the others is cut to whole frames of all fields. Clips of other splits are not
+    written: they are for evaluation. Raises UserError when an audio file has changed since the corpus was made.
     """
     tokeniser = Tokeniser(corpus, codec, embedding, quantizers, encoders)
-    clips = {split: read_clips(corpus, split) for split in (TRAIN, VALIDATION)}
+    full = read_clips(corpus, TRAIN)
+    longest = full[0].seconds
+    clips = {
+        split: [tokeniser.aligned(clip, longest) for clip in read_clips(corpus, split, short=True)]
+        for split in (TRAIN, VALIDATION)
+    }
     total = sum(map(len, clips.values()))
     done = 0
 
@@ -62,11 +71,12 @@ def tokenise(
     counts = {split: write_records(folder / split, records(split)) for split in clips}
     return {
         "fields": {field.name: field.to_json() for field in tokeniser.fields},
-        "clip_seconds": clips[TRAIN][0].seconds,
+        "clip_seconds": longest,
+        "shortest_seconds": min(clip.seconds for split in clips.values() for clip in split),
         "hop_seconds": encoders.joint.hop_seconds,
         "embedding_seconds": encoders.joint.window_seconds,
         "records": counts,
-        "captions": any(clip.captions for clip in clips[TRAIN]),
+        "captions": any(clip.captions for clip in full),
     }
 
 
@@ -92,6 +102,13 @@ class Tokeniser:
                 CONDITIONING, 1 / self.config.hop_seconds, conditioning.levels, conditioning.codebook_size
             ),
         ]  # fmt: skip
+
+    def aligned(self, clip: Clip, longest: float) -> Clip:
+        """`clip`, which where it is shorter than `longest` seconds ends with a frame of every field."""
+        if clip.seconds == longest:
+            return clip
+        timed = [field for field in self.fields if field.name != CONDITIONING]
+        return replace(clip, seconds=aligned_seconds(clip.seconds, timed))
 
     @torch.inference_mode()
     def records(self, clips: list[Clip]) -> list[Record]:
@@ -137,8 +154,12 @@ def _stack(waves: list[np.ndarray]) -> Tensor:
 
 
 def _batches(clips: list[Clip]) -> list[list[Clip]]:
-    size = max(1, int(BATCH_SECONDS // clips[0].seconds))
-    return [clips[first : first + size] for first in range(0, len(clips), size)]
+    """Neighbours of one length together: padding would change what the encoders make of the real frames."""
+    batches = []
+    for seconds, group in groupby(clips, key=lambda clip: clip.seconds):
+        alike, size = list(group), max(1, int(BATCH_SECONDS // seconds))
+        batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return batches
 
 
 def _over_threads(function: Callable[[list[Clip]], list[Record]], batches: list[list[Clip]]) -> Iterator[list[Record]]:

@@ -39,6 +39,8 @@ class Cut:
     seed: int
     fixed: bool
     """The same windows in every epoch (validation)."""
+    short: bool = False
+    """A record shorter than a window is a window of its own length, in whole steps of the grid."""
 
     @cached_property
     def period(self) -> Fraction:
@@ -46,29 +48,39 @@ class Cut:
         return common_period(list(self.fields)) if self.fields else Fraction(0)
 
     @cached_property
-    def _frames(self) -> list[tuple[str, int, int]]:
-        """For each field its name, frames from one place of the grid to the next, and frames of a window."""
-        return [(field.name, int(self.period * field.rate), field.frames(self.seconds)) for field in self.fields]
+    def _steps(self) -> dict[str, int]:
+        """Frames of each field from one place of the grid to the next."""
+        return {field.name: int(self.period * field.rate) for field in self.fields}
 
     def __call__(self, record: dict[str, Any], epoch: int) -> Window:
         place, choice, text = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
-        last = min(((len(record[name]) - frames) // step for name, step, frames in self._frames), default=0)
-        if last < 0:
-            raise ValueError(f"record {record['id']} is shorter than a window of {self.seconds} s")
+        seconds = self._length(record)
+        frames = {field.name: field.frames(seconds) for field in self.fields}
+        last = min(((len(record[name]) - count) // self._steps[name] for name, count in frames.items()), default=0)
         start = int(place * (last + 1))
-        window = {name: record[name][start * step : start * step + frames] for name, step, frames in self._frames}
+        first = {name: start * step for name, step in self._steps.items()}
+        window = {name: record[name][first[name] : first[name] + count] for name, count in frames.items()}
         if self.conditioning:
             rows = record["text_conditioning"]
             if choice < self.text_probability and len(rows):
                 row = rows[int(text * len(rows))]
             else:
-                row = record[CONDITIONING][self._row(float(start * self.period), len(record[CONDITIONING]))]
+                middle = float(start * self.period) + seconds / 2
+                row = record[CONDITIONING][self._row(middle, len(record[CONDITIONING]))]
             window[CONDITIONING] = row[None]
         return window
 
-    def _row(self, start: float, rows: int) -> int:
-        """The row of the conditioning whose audio has its centre nearest to the window's."""
-        nearest = (start + self.seconds / 2 - self.embedding_seconds / 2) / self.hop_seconds
+    def _length(self, record: dict[str, Any]) -> float:
+        """Seconds of the window of a record."""
+        if all(len(record[field.name]) >= field.frames(self.seconds) for field in self.fields):
+            return self.seconds
+        if not self.short:
+            raise ValueError(f"record {record['id']} is shorter than a window of {self.seconds} s")
+        return float(min(len(record[name]) // step for name, step in self._steps.items()) * self.period)
+
+    def _row(self, middle: float, rows: int) -> int:
+        """The row of the conditioning whose audio has its centre nearest to the window's `middle`, in seconds."""
+        nearest = (middle - self.embedding_seconds / 2) / self.hop_seconds
         return min(max(round(nearest), 0), rows - 1)
 
 
@@ -82,13 +94,14 @@ def _draws(seed: int, epoch: int, name: str) -> tuple[float, float, float]:
 class WindowLoader:
     """Batches of windows for this rank; one `iter()` is one epoch, and all ranks must start it together.
 
-    Yields `{field: int64 [batch, frames, quantizers]}`; "conditioning" has one frame. `epoch` is the epoch that is
+    Yields `{field: int64 [batch, frames, quantizers]}`, or where windows are packed a list of them, each a batch of
+    one with frames of its own; "conditioning" has one frame. `epoch` is the epoch that is
     under way or, between two, the next. A state taken after any batch and loaded into a new loader gives exactly the
     batches that would have followed, also with another number of workers, or of ranks where batch × ranks stays the
     same. A loader without shuffling always starts at its first batch; one with it goes on with an epoch left halfway.
     """
 
-    def __init__(self, shards: Shards, batch: int, batches: int, workers: int) -> None:
+    def __init__(self, shards: Shards, batch: int, batches: int, workers: int, packed: bool) -> None:
         self.epoch = 0
         self._shards, self._batches = shards, batches
         self._ranks, self._nodes = world()
@@ -99,7 +112,7 @@ class WindowLoader:
             shards,
             batch_size=batch,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_apart if packed else _stacked,
             persistent_workers=workers > 0,
             multiprocessing_context="fork" if workers else None,  # the names of shared memory go with it
             generator=torch.Generator(),  # or else every epoch would draw from the training's random numbers
@@ -109,7 +122,7 @@ class WindowLoader:
         """Batches a whole epoch on this rank."""
         return self._batches
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         if not self._shards.shuffle:
             self.epoch = self._records = 0
         if self._records or self._moved:
@@ -118,7 +131,7 @@ class WindowLoader:
         else:
             self._shards.next_epoch = self.epoch
         for batch in self._loader:
-            self._count(len(next(iter(batch.values()))))
+            self._count(len(batch) if isinstance(batch, list) else len(next(iter(batch.values()))))
             yield batch
 
     def _count(self, records: int) -> None:
@@ -147,6 +160,7 @@ def window_loader(
     text_probability: float = 0.0,
     workers: int = 0,
     shuffle: bool = True,
+    packed: bool = False,
 ) -> WindowLoader:
     """Windows of `window_seconds` of the token artifact `tokens`, `batch` for each rank at a time.
 
@@ -154,6 +168,7 @@ def window_loader(
     middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches, each rank's records its
     own, in a new order and with new crops each time; the rest is left out, and less than one batch is filled up by
     repeats. Without, every epoch is the same and all ranks get equally many batches, for which some records come twice.
+    With `packed` a batch is a list of windows, and a clip shorter than a window is one of its own length.
 
     Raises UserError when a window is longer than the clips.
     """
@@ -172,15 +187,20 @@ def window_loader(
         text_probability,
         seed,
         fixed=not shuffle,
+        short=packed,
     )
     ranks, _ = world()
     count, unit = count_records(tokens / split), batch * ranks if shuffle else ranks
     records = max(1, count // unit) * unit if shuffle else -(-count // unit) * unit
     shards = Shards(tokens / split, cut, records=records, batch=batch, seed=seed, shuffle=shuffle)
-    return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers)
+    return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers, packed)
 
 
-def _collate(windows: list[Window]) -> dict[str, Tensor]:
+def _apart(windows: list[Window]) -> list[dict[str, Tensor]]:
+    return [_stacked([window]) for window in windows]
+
+
+def _stacked(windows: list[Window]) -> dict[str, Tensor]:
     # The arrays of a record are read-only views of its bytes; stacking and widening copies them.
     return {
         name: torch.from_numpy(np.stack([window[name] for window in windows]).astype(np.int64)) for name in windows[0]

@@ -7,10 +7,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import ds_configs
+from data.config import aligned_seconds
 from model.config import STAGES, ConditionConfig, StageModelConfig
 from model.counting import quantizers_used, token_fields
 from model.errors import UserError
-from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC, TokenField
+from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC, TokenField, common_period
+from trainer.config import StageConfig, TrainConfig
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
@@ -30,8 +32,24 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
-    if recipe.data.captions is not None and recipe.data.audio is None:
+    data = recipe.data
+    if data.captions is not None and data.audio is None:
         yield "data.captions is set but data.audio is not: set data.audio to the folder they describe."
+    if data.shortest_seconds is None:
+        return
+    if data.audio is None:
+        yield "data.shortest_seconds is set but data.audio is not: clips of the built-in corpus have data.clip_seconds."
+    if data.shortest_seconds > data.clip_seconds:
+        yield (
+            f"data.shortest_seconds is {data.shortest_seconds:g}: it must be at most data.clip_seconds, "
+            f"{data.clip_seconds:g}."
+        )
+    timed = _timed(token_fields(recipe.encoders, recipe.quantizers))
+    if not aligned_seconds(data.shortest_seconds, timed):
+        yield (
+            f"data.shortest_seconds is {data.shortest_seconds:g}: it must be at least "
+            f"{float(common_period(timed)):g}, the time that is a whole number of frames of all fields."
+        )
 
 
 def _rates(recipe: Recipe) -> Iterator[str]:
@@ -49,14 +67,39 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     for name in STAGES:
         stage = getattr(recipe.stages, name)
         key = f"stages.{name}"
-        try:
-            if ds_configs.zero_stage(stage.train.zero) == 3 and stage.train.compile == "on":
-                yield f"{key}.train.compile is on, which zero: {stage.train.zero} (ZeRO-3) cannot be: set it to auto."
-        except UserError as error:
-            yield f"{key}.train.zero: {error}"
+        yield from _compiled(f"{key}.train", stage.train)
         yield from _window(f"{key}.model", stage.model, fields, recipe.data.clip_seconds)
+        yield from _short_clips(key, stage, fields, recipe.data.shortest_seconds)
         yield from _fields(f"{key}.model", name, stage.model, fields)
     yield from _split(recipe.stages.coarse.model, recipe.stages.fine.model, fields)
+
+
+def _compiled(key: str, train: TrainConfig) -> Iterator[str]:
+    if train.packing and train.compile == "on":
+        yield f"{key}.compile is on, which packing does not go with, as lengths change each step: set it to auto."
+    try:
+        if ds_configs.zero_stage(train.zero) == 3 and train.compile == "on":
+            yield f"{key}.compile is on, which zero: {train.zero} (ZeRO-3) cannot be: set it to auto."
+    except UserError as error:
+        yield f"{key}.zero: {error}"
+
+
+def _short_clips(
+    key: str, stage: StageConfig, fields: Mapping[str, TokenField], shortest_seconds: float | None
+) -> Iterator[str]:
+    """Windows that some clips are too short for go with packing alone."""
+    if shortest_seconds is None or stage.train.packing:
+        return
+    if aligned_seconds(shortest_seconds, _timed(fields)) < stage.model.window_seconds:
+        yield (
+            f"{key}.model.window_seconds is {stage.model.window_seconds:g} and data.shortest_seconds "
+            f"{shortest_seconds:g}: windows of different lengths need {key}.train.packing=true."
+        )
+
+
+def _timed(fields: Mapping[str, TokenField]) -> list[TokenField]:
+    """The fields that run with the clock of a clip; the conditioning describes a window as a whole."""
+    return [field for name, field in fields.items() if name != CONDITIONING]
 
 
 def _window(key: str, model: StageModelConfig, fields: Mapping[str, TokenField], clip_seconds: float) -> Iterator[str]:

@@ -167,8 +167,12 @@ class StageTransformer(nn.Module):
         hidden = self.transformer(embedded, rotary)[:, -pattern.steps :]
         return torch.stack([F.linear(hidden[:, pattern.steps_of(q)], head) for q, head in enumerate(self.heads)], dim=2)
 
-    def forward(self, batch: Batch, dropped: Dropped | None = None) -> Tensor:
-        """Mean cross-entropy in nats of each predicted quantizer: `[Q]`, fp32."""
+    def forward(self, batch: Batch | list[Batch], dropped: Dropped | list[Dropped] | None = None) -> Tensor:
+        """Mean cross-entropy in nats of each predicted quantizer: `[Q]`, fp32. Windows in a list are packed."""
+        if isinstance(batch, list):
+            assert not isinstance(dropped, Dropped)
+            return self.packed(batch, dropped)
+        assert not isinstance(dropped, list)
         embedded, rotary, pattern = self.embed(batch, dropped)
         hidden = self.transformer(embedded, rotary)
         rows = predicting_rows(len(hidden), hidden.shape[1], pattern, hidden.device)

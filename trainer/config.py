@@ -30,6 +30,9 @@ class TrainConfig(ExecutionConfig):
     precision: Literal["bf16", "fp32"] = "bf16"
     zero: str = "zero2"
     """A file of ds_configs/ (without .json), or a path to a DeepSpeed JSON file."""
+    packing: bool = False
+    """Windows of a rank in one row without padding, so that clips shorter than window_seconds are windows too. Every
+    code then counts alike, so a long window for more than a short one."""
     text_probability: float = Field(0.5, ge=0, le=1)
     """Probability that a window is conditioned on its caption's tokens in place of its audio's."""
     workers: NonNegativeInt = 0

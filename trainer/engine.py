@@ -5,9 +5,10 @@ DeepSpeed is imported here and nowhere else.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from model.dropping import Dropped
 from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+MicroBatch = Batch | list[Batch]
+"""Windows of one length together, or windows to be packed, each a batch of one."""
 
 TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer has lost a rank: the job ends rather than hangs."""
@@ -78,9 +84,18 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 
 
 def execution(config: TrainConfig) -> ExecutionConfig:
-    """How the blocks are computed: as the recipe says, but not compiled where ZeRO-3 fetches weights by hooks."""
+    """How the blocks are computed: as the recipe says, but not compiled where ZeRO-3 fetches weights by hooks, nor
+    where the length of packed windows changes with every step."""
+    if config.packing and config.compile == "auto":
+        log.info("compile: off, since packed windows are of another length each step")
     zero3 = ds_configs.zero_stage(config.zero) == 3
-    return config.model_copy(update={"compile": "off"}) if zero3 else config
+    return config.model_copy(update={"compile": "off"}) if zero3 or config.packing else config
+
+
+def predicted_frames(batch: MicroBatch, field: str) -> int:
+    """Frames of the predicted `field` in all windows of a micro batch; each has a code of every predicted quantizer."""
+    windows = batch if isinstance(batch, list) else [batch]
+    return sum(window[field].shape[:2].numel() for window in windows)
 
 
 class Engine:
@@ -119,20 +134,34 @@ class Engine:
         """Norm of the last step's gradient before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
-    def train_step(self, micro_batches: list[tuple[Batch, Dropped]]) -> Tensor:
-        """One optimizer step over `accumulation` pairs of a batch and what it does without.
+    def train_step(self, micro_batches: list[tuple[MicroBatch, Dropped | list[Dropped]]]) -> Tensor:
+        """One optimizer step over `accumulation` pairs of a micro batch and what it does without.
 
-        Returns this rank's mean loss of each quantizer, still on the device.
+        What is minimised is the mean over all codes of the step, those of all micro batches and ranks. Returns this
+        rank's part of it for each quantizer, still on the device: the mean over the ranks is that mean.
         """
         total = torch.zeros(len(self.module.quantizers), device=self._engine.device)
-        for batch, dropped in micro_batches:
-            losses = self._engine(batch, dropped)
+        weights = self.weights([batch for batch, _ in micro_batches])
+        for (batch, dropped), weight in zip(micro_batches, weights, strict=True):
+            losses = self._engine(batch, dropped) * weight
             self._engine.backward(losses.mean())
             self._engine.step()
             total += losses.detach()
         return total / len(micro_batches)
 
-    def evaluate(self, batch: Batch) -> Tensor:
+    def weights(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """What each of `batches` counts for, `[batches]`, with a mean of 1 over all ranks, which have equally many.
+
+        Packed ones count by their codes, so that the mean of their means is the mean over all codes; windows of one
+        length count alike. All ranks must call it.
+        """
+        if not isinstance(batches[0], list):
+            return torch.ones(len(batches), device=self._engine.device)
+        frames = [float(predicted_frames(batch, self.module.config.field)) for batch in batches]
+        counts = torch.tensor(frames, device=self._engine.device)
+        return counts / self.mean(counts.mean())
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
         """Loss of each quantizer with every condition present. Nothing of the training state is switched or changed."""
         with torch.no_grad():
             return self._engine(batch)

@@ -20,7 +20,7 @@ from model.dropping import Dropped, draw_dropped
 from model.fields import CONDITIONING
 from model.stage import Batch
 from trainer.checkpoint import Checkpointer
-from trainer.engine import Engine
+from trainer.engine import Engine, MicroBatch, predicted_frames
 from trainer.metrics import MetricsWriter
 from trainer.setup import KIND, WEIGHTS, StageSetup
 
@@ -49,6 +49,7 @@ class Training:
         self.step = 0
         self.stopping = False
         self._logged = time.monotonic(), 0
+        self._frames = 0  # that this rank has trained on since the last log line
 
     def _loader(self, split: str, text_probability: float, shuffle: bool) -> Any:
         return window_loader(
@@ -61,6 +62,7 @@ class Training:
             text_probability=text_probability,
             workers=self.config.workers if shuffle else 0,
             shuffle=shuffle,
+            packed=self.config.packing,
         )
 
     def run(self) -> None:
@@ -101,29 +103,45 @@ class Training:
     def _stop(self, number: int, frame: object) -> None:
         self.stopping = True
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[MicroBatch]:
         """Batches without end: epoch after epoch, from where the loader was left."""
         while True:
             yield from self.loader
 
-    def _draw(self, batches: Iterator[Batch], micro: int) -> tuple[Batch, Dropped]:
-        """The next batch, and what its windows do without.
+    def _draw(self, batches: Iterator[MicroBatch], micro: int) -> tuple[MicroBatch, Dropped | list[Dropped]]:
+        """The next micro batch, and what its windows do without.
 
-        The choice is a pure function of (seed, step, rank, micro batch): a resume needs no random state.
+        The choice is a pure function of (seed, step, rank, micro batch) and of how many windows there are and how long
+        the longest is: a resume needs no random state.
         """
         batch = next(batches)
-        codes = self.engine.module.own_codes(batch)
-        self.engine.module.check(batch, codes.shape[1])  # here, while the codes are in host memory
+        shapes = [self._checked(window) for window in (batch if isinstance(batch, list) else [batch])]
+        self._frames += predicted_frames(batch, self.setup.config.model.field)
         seed = artifact.fingerprint(self.setup.seed, self.step, self.engine.rank, micro)
         generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
-        dropped = draw_dropped(self.setup.config.model, codes.shape, generator)
-        return self._to_device(batch), dropped.to(self.engine.device)
+        windows, frames, quantizers = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes), shapes[0][2]
+        dropped = draw_dropped(self.setup.config.model, torch.Size([windows, frames, quantizers]), generator)
+        dropped = dropped.to(self.engine.device)
+        if isinstance(batch, list):
+            return self._to_device(batch), [_one(dropped, index, shape[1]) for index, shape in enumerate(shapes)]
+        return self._to_device(batch), dropped
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: codes.to(self.engine.device, non_blocking=True) for name, codes in batch.items()}
+    def _checked(self, window: Batch) -> torch.Size:
+        """The shape of the codes to predict, all codes looked at while they are in host memory."""
+        shape = self.engine.module.own_codes(window).shape
+        self.engine.module.check(window, shape[1])
+        return shape
+
+    def _to_device(self, batch: MicroBatch) -> MicroBatch:
+        def moved(window: Batch) -> Batch:
+            return {name: codes.to(self.engine.device, non_blocking=True) for name, codes in window.items()}
+
+        return [moved(window) for window in batch] if isinstance(batch, list) else moved(batch)
 
     def _log(self, losses: Tensor, metrics: MetricsWriter | None) -> None:
         loss = float(self.engine.mean(losses.mean()))
+        frames = float(self.engine.mean(torch.tensor(self._frames, device=self.engine.device))) * self.engine.world_size
+        self._frames = 0
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of stage {self.setup.stage!r} is {loss} at step {self.step}: "
@@ -132,18 +150,16 @@ class Training:
         if metrics is None:
             return
         now, (then, step_then) = time.monotonic(), self._logged
-        windows_per_second = (self.step - step_then) * self.config.global_batch / max(now - then, 1e-9)
+        seconds = max(now - then, 1e-9)
         self._logged = now, self.step
-        target = self.engine.module.target
-        tokens = target.frames(self.setup.config.model.window_seconds) * len(self.engine.module.quantizers)
         metrics.write(
             "train",
             self.step,
             loss=loss,
             learning_rate=self.engine.learning_rate,
             gradient_norm=self.engine.gradient_norm(),
-            windows_per_second=windows_per_second,
-            tokens_per_second=windows_per_second * tokens,
+            windows_per_second=(self.step - step_then) * self.config.global_batch / seconds,
+            tokens_per_second=frames * len(self.engine.module.quantizers) / seconds,
         )
         metrics.show(self.step, loss)
 
@@ -170,19 +186,27 @@ class Training:
         then, step_then = self._logged
         self._logged = then + time.monotonic() - started, step_then  # validation does not count as training time
 
-    def _mean_loss(self, batches: list[Batch]) -> Tensor:
-        """Mean loss of each predicted quantizer over `batches` and ranks."""
-        return self.engine.mean(torch.stack([self.engine.evaluate(batch) for batch in batches]).mean(dim=0))
+    def _mean_loss(self, batches: list[MicroBatch]) -> Tensor:
+        """Mean loss of each predicted quantizer over `batches` and ranks; packed batches count by their codes."""
+        losses = torch.stack([self.engine.evaluate(batch) for batch in batches])
+        return self.engine.mean((losses * self.engine.weights(batches)[:, None]).mean(dim=0))
 
-    def _shuffle(self, batch: Batch, field: str) -> Batch:
+    def _shuffle(self, batch: MicroBatch, field: str) -> MicroBatch:
         """`batch` with the condition `field` of each window taken from its neighbour; what is predicted stays."""
-        model = self.setup.config.model
-        rolled = batch[field].roll(1, dims=0)
-        if field == model.field:  # a stage may condition on other quantizers of the field it predicts
+        if not isinstance(batch, list):
+            return self._mislead(batch, field, batch[field].roll(1, dims=0))
+        neighbours = [batch[-1], *batch[:-1]]
+        return [self._mislead(window, field, other[field]) for window, other in zip(batch, neighbours, strict=True)]
+
+    def _mislead(self, batch: Batch, field: str, other: Tensor) -> Batch:
+        """`batch` with the codes `other` as its condition `field`: cut where they are longer, and repeated from their
+        start where they are shorter."""
+        own = batch[field]
+        other = other[:, torch.arange(own.shape[1], device=own.device) % other.shape[1]]
+        if field == self.setup.config.model.field:  # a stage may condition on other quantizers of what it predicts
             target = self.engine.module.quantizers
-            rolled = rolled.clone()
-            rolled[..., target.start : target.stop] = batch[field][..., target.start : target.stop]
-        return {**batch, field: rolled}
+            other[..., target.start : target.stop] = own[..., target.start : target.stop]
+        return {**batch, field: other}
 
     def _resume(self) -> None:
         found = self.checkpoints.load_newest(self.engine)
@@ -213,3 +237,9 @@ class Training:
             }
             artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, info=info, names=[WEIGHTS])
         self.engine.barrier()
+
+
+def _one(dropped: Dropped, index: int, frames: int) -> Dropped:
+    """What window `index` of `frames` frames does without, of what was drawn for the longest."""
+    one = dropped.window(index)
+    return Dropped(one.conditions_BN, None if one.codes_BTQ is None else one.codes_BTQ[:, :frames])

@@ -27,7 +27,7 @@ def music(path: Path, seconds: float = 2.0, rate: int = 16_000, channels: int = 
 class Indexed:
     def __init__(self, corpus: Path, info: dict[str, Any], audio: Path) -> None:
         self.corpus, self.info, self.audio = corpus, info, audio
-        self.clips = read_clips(corpus)
+        self.clips = read_clips(corpus, short=True)
         self.skipped = {row["file"]: row for row in read_jsonl(corpus / "skipped.jsonl")}
 
     def captions(self) -> dict[str, tuple[str, ...]]:
@@ -99,6 +99,45 @@ def test_mixed_folder(audio: Path) -> None:
     assert files_of["train"]
     assert files_of["validation"]
     assert not files_of["train"] & files_of["validation"]
+
+
+def test_clips_of_their_own_length(audio: Path) -> None:
+    for name, seconds in (("a", 5.0), ("b", 8.2), ("c", 3.2), ("d", 1.1), ("e", 0.9), ("f", 4.8)):
+        music(audio / f"{name}.wav", seconds, 44_100)
+    found = index(audio, clip_seconds=5.0, shortest_seconds=1.0)
+    clips = [(Path(clip.path).stem, clip.start, clip.seconds) for clip in found.clips]
+    assert clips == [("a", 0, 5.0), ("b", 0, 5.0), ("b", 5.0, 3.2), ("c", 0, 3.2), ("d", 0, 1.1), ("f", 0, 4.8)]
+    assert found.skipped["e.wav"]["reason"] == "too short"
+    assert found.skipped["e.wav"]["detail"] == "it lasts 0.90 s; a clip needs 1 s"
+    for clip in found.clips:
+        wave = load_clip(found.corpus, clip, 16_000)
+        assert wave.shape == (round(16_000 * clip.seconds),)
+        assert np.abs(wave[-100:]).max() > 0.01  # no silence at its end
+    # What is fitted on batches of audio takes clips of one length, of which either split has some.
+    for split in ("train", "validation"):
+        assert {clip.seconds for clip in read_clips(found.corpus, split)} == {5.0}
+    assert found.info["clips"] == 6
+    assert found.info["seconds"] == pytest.approx(22.3)
+
+
+def test_clips_of_a_length_that_is_no_whole_number_of_samples_are_all_whole(audio: Path) -> None:
+    music(audio / "a.wav", 10.0, 11_025)
+    found = index(audio, clip_seconds=2.5, shortest_seconds=2.5)
+    assert [clip.seconds for clip in found.clips] == [2.5] * 4
+
+
+def test_short_clips_leave_each_split_a_whole_one(audio: Path) -> None:
+    music(audio / "long.wav", 10.5, 8000)
+    for number in range(6):
+        music(audio / f"{number}.wav", 0.7, 8000)
+    for seed in range(3):
+        found = index(audio, seed, shortest_seconds=0.5)
+        assert found.info["clips"] == 17
+        assert len(read_clips(found.corpus, "train")) + len(read_clips(found.corpus, "validation")) == 10
+        assert read_clips(found.corpus, "train")
+        assert read_clips(found.corpus, "validation")
+    with pytest.raises(UserError, match=r"gives no clip of 20 s.* lower data\.clip_seconds"):
+        index(audio, clip_seconds=20.0, shortest_seconds=0.5)
 
 
 def test_many_files_are_read_by_several_processes_with_the_same_result(audio: Path) -> None:
@@ -258,6 +297,7 @@ def test_fingerprint_sees_every_change_and_only_changes(audio: Path) -> None:
 
     seen = [fingerprint()]
     assert fingerprint() == seen[0]
+    assert sources_fingerprint(DataConfig(audio=str(audio), captions=str(words), shortest_seconds=1.0)) != seen[0]
     music(audio / ".hidden" / "b.wav")
     (audio / "run").mkdir()
     (audio / "run" / "recipe.yaml").write_text("name: x")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import data.tokenise
-from data.corpus import Clip, write_clips
+from data.corpus import Clip, read_clips, write_clips
 from data.progress import Progress
 from data.shards import Shards, count_records
 from data.tokenise import tokenise
@@ -68,6 +68,16 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Encoder
     return corpus, config
 
 
+def add_short(corpus: Path, *lengths: float) -> None:
+    """Two more training clips of each of `lengths`, of audio that is there."""
+    short = [
+        Clip(f"short-{seconds}-{number}", f"{number}.wav", 0.5, seconds, ("short",), "train")
+        for seconds in lengths
+        for number in range(2)
+    ]
+    write_clips(corpus, [*read_clips(corpus), *short])
+
+
 def run(made: tuple[Path, EncodersConfig], folder: Path) -> dict[str, Any]:
     corpus, config = made
     return tokenise(
@@ -106,6 +116,27 @@ def test_records_hold_what_the_encoders_say(made: tuple[Path, EncodersConfig], t
     text = quantizer.encode(Embedder().embed_text(["a drum", "banana"]))
     np.testing.assert_array_equal(rows["clip-0"]["text_conditioning"], text)
     assert json.loads((tmp_path / "tokens" / "progress.json").read_text())["done"] == 3
+
+
+def test_short_clips_keep_their_length_in_whole_frames_of_all_fields(
+    made: tuple[Path, EncodersConfig], tmp_path: Path
+) -> None:
+    whole = run(made, tmp_path / "whole")
+    add_short(made[0], 1.1, 0.53)
+    info = run(made, tmp_path / "tokens")
+    assert (info["clip_seconds"], info["shortest_seconds"]) == (SECONDS, 0.52)
+    assert whole["shortest_seconds"] == SECONDS
+    assert info["records"] == {"train": 6, "validation": 1}
+    rows, before = records(tmp_path / "tokens" / "train"), records(tmp_path / "whole" / "train")
+    # 1.1 s is 27.5 acoustic frames: of the half one nothing stays, nor of the semantic frame beside it.
+    assert [rows[f"short-1.1-{number}"]["acoustic"].shape for number in range(2)] == [(27, 4)] * 2
+    assert [rows[f"short-1.1-{number}"]["semantic"].shape for number in range(2)] == [(54, 1)] * 2
+    assert [rows[f"short-0.53-{number}"]["semantic"].shape for number in range(2)] == [(26, 1)] * 2
+    assert [rows[f"short-{seconds}-0"]["conditioning"].shape for seconds in ("1.1", "0.53")] == [(1, 3)] * 2
+    # Away from its end a short clip has the codes of the same moment of the whole one.
+    np.testing.assert_array_equal(rows["short-1.1-0"]["acoustic"][:20], before["clip-0"]["acoustic"][:20])
+    for name, value in before["clip-1"].items():
+        np.testing.assert_array_equal(rows["clip-1"][name], value)
 
 
 def test_the_loader_reads_what_was_written(made: tuple[Path, EncodersConfig], tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ TEXT = 999
 FIELDS = ["semantic", "acoustic", "conditioning"]
 
 
-def record(number: int, captions: int = 2) -> dict[str, Any]:
+def record(number: int, captions: int = 2, seconds: float = CLIP_SECONDS) -> dict[str, Any]:
     """Every code says its frame, the last semantic one the record."""
-    semantic = np.stack([np.arange(200), np.full(200, number)], 1)
-    acoustic = np.stack([np.arange(300)] * 3, 1)
-    conditioning = np.stack([np.arange(7), np.full(7, number)], 1)
+    frames, rows = SEMANTIC.frames(seconds), 1 + max(0, int((seconds - EMBEDDING) / HOP))
+    semantic = np.stack([np.arange(frames), np.full(frames, number)], 1)
+    acoustic = np.stack([np.arange(ACOUSTIC.frames(seconds))] * 3, 1)
+    conditioning = np.stack([np.arange(rows), np.full(rows, number)], 1)
     text = np.full((captions, 2), TEXT)
     arrays = {"semantic": semantic, "acoustic": acoustic, "conditioning": conditioning, "text_conditioning": text}
     return {
@@ -186,6 +187,62 @@ def test_fewer_records_than_a_batch(tmp_path: Path) -> None:
         (batch,) = list(windows)
         assert set(batch["semantic"][:, 0, 1].tolist()) == {0, 1, 2}
     assert len(os.listdir("/proc/self/fd")) <= handles + 2, "epochs leave files open"
+
+
+LENGTHS = (4.0, 3.21, 1.3, 0.5)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of several lengths, one of them with a part of a step of the grid at its end."""
+    path = tmp_path_factory.mktemp("unequal") / "tokens"
+    with artifact.create(path, "tokens", "test") as (folder, info):
+        for split, first in (("train", 0), ("validation", 100)):
+            rows = (record(first + number, seconds=LENGTHS[number % 4]) for number in range(16))
+            shards.write_records(folder / split, rows)
+        info["fields"] = {field.name: field.to_json() for field in (SEMANTIC, ACOUSTIC, CONDITIONING)}
+        info.update(clip_seconds=CLIP_SECONDS, hop_seconds=HOP, embedding_seconds=EMBEDDING)
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_windows_are_as_long_as_their_clip_allows(unequal: Path, workers: int) -> None:
+    windows = loader(unequal, seconds=2.0, packed=True, workers=workers)
+    seen: dict[int, set[int]] = {}
+    for _ in range(3):
+        for batch in windows:
+            assert len(batch) == 4
+            for window in batch:
+                semantic, acoustic = window["semantic"][0, :, 0], window["acoustic"][0, :, 0]
+                assert len(semantic) * 3 == len(acoustic) * 2
+                assert semantic[0] * 3 == acoustic[0] * 2
+                assert (semantic.diff() == 1).all()
+                assert (acoustic.diff() == 1).all()
+                assert window["conditioning"].shape == (1, 1, 2)
+                length, clip = len(semantic) / SEMANTIC.rate_hz, int(window["semantic"][0, 0, 1])
+                assert length == {4.0: 2.0, 3.21: 2.0, 1.3: 1.28, 0.5: 0.48}[LENGTHS[clip % 4]]
+                nearest = float(semantic[0]) / SEMANTIC.rate_hz + length / 2
+                nearest = min(max(nearest, EMBEDDING / 2), max(EMBEDDING / 2, LENGTHS[clip % 4] - EMBEDDING / 2))
+                assert abs(float(window["conditioning"][0, 0, 0]) * HOP + EMBEDDING / 2 - nearest) <= HOP / 2 + 0.01
+                seen.setdefault(clip, set()).add(int(semantic[0]))
+    assert all(len(starts) > 1 for clip, starts in seen.items() if LENGTHS[clip % 4] > 2)
+
+
+def test_a_packed_stream_goes_on_exactly(unequal: Path) -> None:
+    def take(windows: WindowLoader, count: int) -> list[list[list[int]]]:
+        return [[flat(window) for window in batch] for _, batch in zip(range(count), windows, strict=False)]
+
+    whole = take(loader(unequal, seconds=2.0, packed=True), 4)
+    windows = loader(unequal, seconds=2.0, packed=True)
+    halves = take(windows, 2)
+    resumed = loader(unequal, seconds=2.0, packed=True)
+    resumed.load_state_dict(windows.state_dict())
+    assert halves + take(resumed, 2) == whole
+
+
+def test_a_clip_shorter_than_a_window_needs_packing(unequal: Path) -> None:
+    with pytest.raises(ValueError, match=r"shorter than a window of 2\.0 s"):
+        list(loader(unequal, seconds=2.0))
 
 
 def test_a_window_longer_than_the_clips(tokens: Path) -> None:

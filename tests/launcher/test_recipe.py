@@ -134,11 +134,31 @@ def test_every_problem_has_a_line_and_one_of_all_stages_has_one():
         (["stages.coarse.model.field=semantic"], "the coarse stage predicts 'acoustic'"),
         (["stages.semantic.model.conditions.0.field=acoustic"], "the semantic stage can be conditioned on 'condit"),
         (["stages.fine.model.conditions.1.paths=[summed]"], "acoustic codes have no centroids to sum"),
+        (["data.shortest_seconds=1"], "data.shortest_seconds is set but data.audio is not"),
+        (["data.audio=music", "data.shortest_seconds=6"], "data.shortest_seconds is 6: it must be at most data.clip"),
+        (["data.audio=music", "data.shortest_seconds=0.03"], "is 0.03: it must be at least 0.04, the time that is a"),
+        (
+            ["data.audio=music", "data.shortest_seconds=2", "stages.coarse.train.packing=true"],
+            "stages.fine.model.window_seconds is 5 and data.shortest_seconds 2: windows of different lengths need "
+            "stages.fine.train.packing=true.",
+        ),
+        (
+            ["stage_defaults.train={packing: true, compile: 'on'}"],
+            "stages.coarse.train.compile is on, which packing does not go with, as lengths change each step: set it to",
+        ),
         (["encoders.codec.frame_rate=30"], "encoders.codec.sample_rate 16000 must be a multiple of its frame_rate 30"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_named(overrides, words):
     assert words in wrong(*overrides)
+
+
+def test_short_clips_are_for_stages_that_pack_or_have_shorter_windows():
+    short = ["data.audio=music", "data.shortest_seconds=2.03"]
+    assert load_recipe("quickstart", [*short, "stage_defaults.train.packing=true"]).data.shortest_seconds == 2.03
+    load_recipe("quickstart", [*short, "stage_defaults.model.window_seconds=2"])
+    said = wrong(*short, "stage_defaults.model.window_seconds=2.04")
+    assert len(said.splitlines()) == 3
 
 
 def test_an_unknown_recipe_gets_the_nearest_name():

@@ -29,11 +29,11 @@ STEPS = 60
 TIMEOUT = 180
 
 
-def record(index: int) -> dict:
+def record(index: int, seconds: float = SECONDS) -> dict:
     """A clip whose acoustic codes follow from its semantic codes, and those from its conditioning."""
     random = np.random.default_rng(index)
     conditioning = random.integers(4, size=(1, 4))
-    semantic = (np.arange(int(SECONDS * 10)) + conditioning[0, 0]) % 8
+    semantic = (np.arange(round(seconds * 10)) + conditioning[0, 0]) % 8
     acoustic = np.repeat(semantic, 2)[:, None] + np.arange(4)
     return {
         "id": f"clip-{index}",
@@ -56,8 +56,9 @@ SCHEDULE = {
 }
 
 
-def make_run(folder, model=None, **train):
-    """A run folder that is ready to train its coarse stage, with the keys `model` and `train` changed."""
+def make_run(folder, model=None, lengths=(SECONDS,), **train):
+    """A run folder that is ready to train its coarse stage, with the keys `model` and `train` changed, on clips that go
+    round `lengths` (seconds)."""
     config = StageConfig(
         model=coarse_config(pattern="delay", **(model or {})), train=TrainConfig(**{**SCHEDULE, **train})
     )
@@ -69,7 +70,8 @@ def make_run(folder, model=None, **train):
         save_file(quantizers(), path / "quantizers.safetensors")
     with artifact.create(folder / "tokens", "tokens", "t") as (path, info):
         for split, first, count in (("train", 0, 50), ("validation", 100, 10)):
-            write_records(path / split, (record(index) for index in range(first, first + count)))
+            numbers = range(first, first + count)
+            write_records(path / split, (record(index, lengths[index % len(lengths)]) for index in numbers))
         info |= {
             "fields": {name: field.to_json() for name, field in FIELDS.items()},
             "clip_seconds": SECONDS,
@@ -105,6 +107,30 @@ def finish(run, process):
 def train(run):
     assert finish(run, start(run)) == 0, (run / "log.txt").read_text()
     return run
+
+
+def interrupt(run, step, number):
+    """Starts the training of `run` and ends it by the signal `number` once it has logged `step`."""
+    process = start(run)
+    deadline = time.monotonic() + TIMEOUT
+    while not any(row["step"] >= step for row in read_metrics(run / "coarse" / "metrics.jsonl")):
+        assert process.poll() is None, (run / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert finish(run, process) != 0
+    assert not (run / "coarse" / artifact.MANIFEST).exists()
+
+
+def weights_digest(run):
+    return artifact.file_digest(run / "coarse" / "model.safetensors")
+
+
+def rows(run, kind):
+    return [row for row in read_metrics(run / "coarse" / "metrics.jsonl") if row["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -159,24 +185,12 @@ def test_the_weights_are_whole_and_load_without_deepspeed(trained):
 def test_an_interrupted_stage_goes_on_to_the_same_weights(trained, tmp_path, number):
     """Killed or told to stop in the middle, the same command ends with the weights of a run that was left alone."""
     run = make_run(tmp_path / "run")
-    process = start(run)
-    metrics = run / "coarse" / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT
-    while not any(row["step"] >= 24 for row in read_metrics(metrics)):
-        assert process.poll() is None, (run / "log.txt").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    assert finish(run, process) != 0
-    assert not (run / "coarse" / artifact.MANIFEST).exists()
+    interrupt(run, 24, number)
     train(run)
     assert "resumed at step" in (run / "coarse" / "logs" / "rank-0000.log").read_text()
-    digest = artifact.file_digest
-    assert digest(run / "coarse" / "model.safetensors") == digest(trained / "coarse" / "model.safetensors")
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
+    assert weights_digest(run) == weights_digest(trained)
+    lines = (run / "coarse" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if '"train"' in line]
     assert steps == list(range(6, STEPS + 1, 6))
 
 
@@ -198,3 +212,57 @@ def test_dropping_and_masking_stay_on_across_validation_passes(tmp_path):
     # A validation before the first step could switch them off in both: each must be seen to act.
     assert not torch.equal(weights["never"]["heads"], weights["no dropping"]["heads"])
     assert not torch.equal(weights["never"]["heads"], weights["no masking"]["heads"])
+
+
+LENGTHS = (4.0, 1.5, 0.7, 2.2)
+"""Seconds of clips, some shorter than a window of 2 s."""
+SHORT = {"steps": 4, "warmup_steps": 1, "log_every": 1, "precision": "fp32", "global_batch": 10}
+"""Ten divide the fifty clips: an epoch has the same clips in the same order, whatever the micro batch."""
+
+
+def test_clips_of_different_lengths_are_packed_and_learnt_from(tmp_path):
+    """A stage learns from clips shorter than its window; interrupted, it ends with the same weights."""
+    settings = {"lengths": LENGTHS, "steps": 24, "validate_every": 12, "checkpoint_every": 4, "packing": True}
+    left_alone, stopped = (make_run(tmp_path / name, **settings) for name in ("left alone", "stopped"))
+    process = start(left_alone)
+    interrupt(stopped, 12, signal.SIGTERM)
+    assert finish(left_alone, process) == 0
+    train(stopped)
+    assert weights_digest(stopped) == weights_digest(left_alone)
+    first, *_, last = rows(left_alone, "validation")
+    assert first["loss"] == pytest.approx(math.log(256), rel=0.05)
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["shuffled"][SEMANTIC] > last["loss"] * 1.02
+    figures = rows(left_alone, "train")[-1]
+    # Two codes a frame, 20 frames a second, of windows of 2, 1.5, 0.7 and 2 s.
+    assert 30 < figures["tokens_per_second"] / figures["windows_per_second"] < 75
+
+
+def test_packed_windows_are_learnt_from_alike_however_they_are_shared_out(tmp_path):
+    """The mean is over all codes of a step, whatever ranks and micro batches there are."""
+    settings = {"model": {"condition_dropout": 0.0}, "lengths": LENGTHS, "packing": True, **SHORT}
+    shared = {"together": (1, 10), "two ranks": (2, 5), "five micro batches": (1, 2)}
+    runs = {
+        name: make_run(tmp_path / name, ranks=ranks, micro_batch=micro, **settings)
+        for name, (ranks, micro) in shared.items()
+    }
+    processes = {name: start(run, ranks=shared[name][0]) for name, run in runs.items()}
+    assert [finish(runs[name], process) for name, process in processes.items()] == [0, 0, 0]
+    expected = rows(runs.pop("together"), "train")
+    for run in runs.values():
+        for row, other in zip(expected, rows(run, "train"), strict=True):
+            assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+            assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=1e-3)
+
+
+def test_packing_windows_of_one_length_changes_nothing_but_rounding(tmp_path):
+    """What is dropped and forgotten included: it is drawn alike."""
+    settings = {"model": {"condition_dropout": 0.5, "forgetful_masking": 0.5}, **SHORT}
+    runs = [make_run(tmp_path / f"{packing}", packing=packing, **settings) for packing in (False, True)]
+    processes = [start(run, ranks=1) for run in runs]
+    assert [finish(run, process) for run, process in zip(runs, processes, strict=True)] == [0, 0]
+    for kind in ("train", "validation"):
+        for row, other in zip(*(rows(run, kind) for run in runs), strict=True):
+            assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+    apart, packed = (rows(run, "validation")[-1] for run in runs)
+    assert packed["shuffled"] == pytest.approx(apart["shuffled"], rel=1e-4)
