@@ -16,9 +16,9 @@ from model.config import TransformerConfig
 def attend_from_one(q_BH1E: Tensor, keys_BKTE: Tensor, values_BKTE: Tensor) -> Tensor:
     """Attention of one query to all keys, as two products: torch's kernel for a CPU is made for many queries."""
     batch, kv_heads, _, width = keys_BKTE.shape
-    q_BKEG = q_BH1E.to(keys_BKTE.dtype).view(batch, kv_heads, -1, width).transpose(-1, -2)
-    weights_BKTG = (keys_BKTE @ q_BKEG * width**-0.5).softmax(dim=-2)
-    return (weights_BKTG.transpose(-1, -2) @ values_BKTE).view(q_BH1E.shape).to(q_BH1E.dtype)
+    q_BKGE = q_BH1E.to(keys_BKTE.dtype).view(batch, kv_heads, -1, width)
+    weights_BKGT = (q_BKGE @ keys_BKTE.transpose(-1, -2) * width**-0.5).softmax(dim=-1)
+    return (weights_BKGT @ values_BKTE).view(q_BH1E.shape).to(q_BH1E.dtype)
 
 
 class LayerCache:

@@ -8,12 +8,12 @@ from fractions import Fraction
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.decoder import decoder
 from model.errors import UserError
 from model.fields import CONDITIONING, TokenField, common_period
+from model.prepacked import linear, prepacked
 from model.stage import StageTransformer
 
 
@@ -88,13 +88,14 @@ def generate_window(
     step_in = torch.cat([prefix, (ready.repeat(2, 1, 1) if guided else ready) + added[:, : start + 1]], dim=1)
     cache = stage.new_cache(len(dropped), prefix.shape[1] + pattern.steps)
     steps = decoder(stage.transformer, stage.rotary(conditions, pattern), cache)
+    heads = [linear(head) for head in stage.heads]
     first_bad = torch.full((), pattern.steps, device=uniform.device)
     for step in range(start, pattern.steps):
         hidden = steps.feed(step_in)
         embedded = stage.embedding.weight.new_zeros(batch, stage.embedding.embedding_dim)
         for frame, quantizer in pattern.codes_at(step):
             if frame >= first_free:
-                logits = F.linear(hidden, stage.heads[quantizer]).float()
+                logits = heads[quantizer](hidden).float()
                 if guided:
                     conditioned, free = logits.chunk(2)
                     logits = free + sampler.cfg * (conditioned - free)
@@ -139,6 +140,7 @@ def generate_stage(
     `conditions` hold whole-length codes, except the conditioning row `[B, 1, Q]`, which every window sees. The same
     seed gives the same codes whatever else is in the batch.
     """
+    stage = prepacked(stage)
     target = stage.target
     used: list[TokenField] = [target, *(c.field for c in stage.conditions if c.field.name != CONDITIONING)]
     grid = common_period(used)

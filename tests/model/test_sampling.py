@@ -5,9 +5,11 @@ import pytest
 import torch
 from helpers import FIELDS, coarse_config, fine_config, quantizers, random_batch
 
+from model.decoder import Decoder
 from model.dropping import Dropped
 from model.errors import UserError
 from model.fields import ACOUSTIC, SEMANTIC
+from model.prepacked import linear, prepacked
 from model.sampling import Sampler, generate_stage, generate_window, window_starts
 from model.stage import build_stage
 
@@ -148,3 +150,19 @@ def test_damaged_weights_are_named_and_not_sampled_from(temperature):
         stage.heads[1, 7] = float("nan")
     with pytest.raises(UserError, match="'acoustic' are not finite from step 1 of 80 on"):
         generate_window(stage, random_batch(), 40, Sampler(temperature=temperature), torch.rand(3, 40, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_hidden_state_is_the_same_bits_in_a_batch_of_any_size(dtype):
+    """Rounding that depended on the batch would sooner or later draw another code, and then another piece."""
+    stage = build(coarse_config(transformer={"dim": 256, "layers": 2, "heads": 4})).to(dtype)
+    stage = prepacked(stage)
+    found = set()
+    for size in (1, 2, 3, 16, 33):
+        batch = {name: codes[:1].expand(size, -1, -1) for name, codes in random_batch(batch=1).items()}
+        embedded, rotary, _ = stage.embed(batch, None)
+        steps = Decoder(stage.transformer, rotary, stage.new_cache(size, embedded.shape[1]))
+        states = [steps.feed(part)[0] for part in (embedded[:, :30], *embedded[:, 30:40].split(1, dim=1))]
+        found.add(tuple(torch.cat([linear(head)(state[None])[0] for state in states for head in stage.heads]).tolist()))
+    assert len(found) == 1
