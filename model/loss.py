@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(hidden_ND: Tensor, heads_QCD: Tensor, rows_QM: Tensor) -> list[slice]:
     """Slices of the codes of one quantizer, so small that logits take little beside the hidden states."""
-    size = max(1, max(CHUNK, hidden_ND.numel() // 32) // heads_QCD.shape[1])
+    size = max(1, max(CHUNK, hidden_ND.numel() // 64) // heads_QCD.shape[1])
     return [slice(start, start + size) for start in range(0, rows_QM.shape[1], size)]
 
 
