@@ -35,8 +35,10 @@ DTYPE = "bf16"
 """Of the parameters of ours and of Llama."""
 LLAMA, LLAMA_COMPILED = "Llama", "Llama, compiled"
 AUDIOLM, AUDIOLM_BF16, AUDIOLM_FLASH = "audiolm fp32", "audiolm bf16 autocast", "audiolm bf16 autocast, flash_attn"
+EAGER = "flat, not compiled"
 RATIOS: tuple[tuple[str, str, float | None], ...] = (
     ("flat", LLAMA, 1.3),
+    (EAGER, LLAMA, 1.3),
     ("flat", LLAMA_COMPILED, None),
     ("flat", AUDIOLM, 6),
     ("flat", AUDIOLM_BF16, 3),
@@ -80,7 +82,8 @@ def main() -> None:
     settings = {name: value for name, value in vars(arguments).items() if name not in ("record", "audiolm")}
     record["settings"] = settings | {"dtype": DTYPE, "stage": recipe.stages.coarse.model.model_dump(mode="json")}
 
-    contestants = [ours(variant, recipe, arguments) for variant in VARIANTS]
+    contestants = [ours(variant.name, variant, recipe, arguments, arguments.compile) for variant in VARIANTS]
+    contestants += [ours(EAGER, Variant("flat"), recipe, arguments, compiled=False)] if arguments.compile else []
     contestants += [llama(name, recipe, arguments) for name in (LLAMA, LLAMA_COMPILED)[: 1 + arguments.compile]]
     peer = AudioLM(arguments.audiolm, recipe, arguments.device, arguments.threads) if arguments.audiolm else None
     if peer:
@@ -121,12 +124,12 @@ def compete(contestants: list[Contestant], rounds: int, console: Console) -> dic
     return seconds
 
 
-def ours(variant: Variant, recipe: Recipe, arguments: argparse.Namespace) -> Contestant:
-    execution = ExecutionConfig(compile="on" if arguments.compile else "off")
+def ours(name: str, variant: Variant, recipe: Recipe, arguments: argparse.Namespace, compiled: bool) -> Contestant:
+    execution = ExecutionConfig(compile="on" if compiled else "off")
     stage = new_stage(recipe, "coarse", variant, DTYPE, arguments.device, execution)
     batch = random_codes(recipe, stage.config.window_seconds, arguments.batch, arguments.device)
     step = training_step(stage, lambda: stage(batch).mean(), arguments.device)
-    return Contestant(variant.name, counted(recipe, variant).positions, parameters(stage), step)
+    return Contestant(name, counted(recipe, variant).positions, parameters(stage), step)
 
 
 def llama(name: str, recipe: Recipe, arguments: argparse.Namespace) -> Contestant:
