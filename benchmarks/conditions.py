@@ -66,15 +66,15 @@ VARIANTS = [
     Variant("coarse", ("summed",), ("aligned",)),
     Variant("coarse", ("summed",), ("prefix",)),
     Variant("coarse", ("summed",), ("prefix",), positions="index"),
-    Variant("coarse", ("prefix",), ("prefix",), "flat"),
-    Variant("coarse", ("prefix",), ("prefix",), "flat", "index"),
     Variant("coarse", ("summed",), ("aligned",), positions="index"),
     Variant("semantic", ("summed", "prefix")),
-    Variant("coarse", ("prefix",), ("aligned",)),
     Variant("semantic", ("summed",), positions="index"),
+    Variant("coarse", ("prefix",), ("aligned",)),
     Variant("coarse", ("summed",), ("aligned", "prefix")),
     Variant("semantic", ("summed", "aligned")),
     Variant("coarse", ("summed",), ("aligned",), "flat"),
+    Variant("coarse", ("prefix",), ("prefix",), "flat"),
+    Variant("coarse", ("prefix",), ("prefix",), "flat", "index"),
 ]
 
 
