@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import origin, write
+from common import origin, output, write
 from rich.console import Console
 from rich.table import Table
 
@@ -97,7 +97,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(base, folder)
             run(folder, [*arguments.overrides, *variant.overrides])
-            write(kept, outcome(folder, variant.stage))
+            write(kept, {"commit": output("git", "rev-parse", "HEAD"), **outcome(folder, variant.stage)})
             shutil.rmtree(folder)
         record["variants"][variant.name] = json.loads(kept.read_text())
         write(arguments.record, record)
