@@ -233,6 +233,7 @@ def test_clips_of_different_lengths_are_packed_and_learnt_from(tmp_path):
     assert first["loss"] == pytest.approx(math.log(256), rel=0.05)
     assert last["loss"] < 0.8 * first["loss"]
     assert last["shuffled"][SEMANTIC] > last["loss"] * 1.02
+    assert (left_alone / "coarse" / "logs" / "rank-0000.log").read_text().count("compile: off") == 1
     figures = rows(left_alone, "train")[-1]
     # Two codes a frame, 20 frames a second, of windows of 2, 1.5, 0.7 and 2 s.
     assert 30 < figures["tokens_per_second"] / figures["windows_per_second"] < 75
