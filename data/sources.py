@@ -128,8 +128,7 @@ def index_folder(folder: Path, config: DataConfig, seed: int, progress: Progress
 
 
 def sources_fingerprint(config: DataConfig) -> str:
-    """Changes when a file of the audio folder or the captions file is added, removed or changed (size or time), and
-    with `config.shortest_seconds`, which says how much of them is used.
+    """Changes when a file of the audio folder or the captions file is added, removed or changed (size or time).
 
     Nothing is read, so it is quick. Raises UserError when `config.audio` is no folder or the captions file is missing.
     """
@@ -140,8 +139,7 @@ def sources_fingerprint(config: DataConfig) -> str:
     digest = hashlib.sha256()
     for name, stat in stats:
         digest.update(os.fsencode(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
-    shortest = [] if config.shortest_seconds is None else [config.shortest_seconds]
-    return fingerprint(str(root), digest.hexdigest(), *shortest)
+    return fingerprint(str(root), digest.hexdigest())
 
 
 def audio_files(folder: Path) -> list[Path]:

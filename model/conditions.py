@@ -21,7 +21,8 @@ from model.patterns import Pattern
 @lru_cache(maxsize=64)
 def aligned_frames(pattern: Pattern, field: TokenField, target: TokenField, device: torch.device) -> Tensor:
     """`[S]`: for each step of `pattern` over `target`, the frame of `field` that sounds at the same moment."""
-    frames = [floor(pattern.frame_of(step) * field.rate / target.rate) for step in range(pattern.steps)]
+    ratio = field.rate / target.rate
+    frames = [floor(pattern.frame_of(step) * ratio) for step in range(pattern.steps)]
     with torch.inference_mode(False):  # made while sampling, it must still serve training
         return torch.tensor(frames, device=device)
 

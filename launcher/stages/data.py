@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SHARED_KEYS = ("seed", "data.audio", "data.clip_seconds", "data.validation")
 BUILTIN_KEYS = (*SHARED_KEYS, "data.clips", "data.sample_rate")
-OWN_KEYS = (*SHARED_KEYS, "data.captions", "data.silence_db")
+OWN_KEYS = (*SHARED_KEYS, "data.captions", "data.shortest_seconds", "data.silence_db")
 FILES = "the files in data.audio"
 TOKENS_NEED = ("corpus", "codec", "embedding", "quantizers")
 HOP = "encoders.joint.hop_seconds"

@@ -297,7 +297,6 @@ def test_fingerprint_sees_every_change_and_only_changes(audio: Path) -> None:
 
     seen = [fingerprint()]
     assert fingerprint() == seen[0]
-    assert sources_fingerprint(DataConfig(audio=str(audio), captions=str(words), shortest_seconds=1.0)) != seen[0]
     music(audio / ".hidden" / "b.wav")
     (audio / "run").mkdir()
     (audio / "run" / "recipe.yaml").write_text("name: x")
