@@ -148,6 +148,7 @@ class StageModelConfig(Config):
 
 
 AttentionName = Literal["auto", "math", "sdpa", "flash2", "flash3", "flash4"]
+KernelsName = Literal["auto", "torch", "liger"]
 
 
 class ExecutionConfig(Config):
@@ -157,6 +158,9 @@ class ExecutionConfig(Config):
     """Attention kernel; auto takes the best that works here."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto is on for a GPU."""
+    kernels: KernelsName = "auto"
+    """Kernels for norms, rotary positions and SwiGLU of blocks that are not compiled: torch's or those of liger-kernel;
+    auto takes the latter on a GPU where they are installed."""
     recompute: Literal["none", "block", "selective"] = "none"
     """Activations made again in the backward pass, to save memory: none; all inside a block; or the cheap ones, keeping
     the results of matrix products and of attention."""

@@ -9,23 +9,24 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model import attention
+from model import attention, kernels
 from model.attention import Packing
 from model.cache import LayerCache
 from model.config import ExecutionConfig, TransformerConfig
 from model.counting import ffn_width
+from model.kernels import TORCH, Kernels, Rotary
 
 log = logging.getLogger(__name__)
 
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin `[S, E]` of the angles of S positions."""
+EPSILON = 1e-6
+"""Of every RMSNorm."""
 
 
 @lru_cache(maxsize=64)
@@ -43,14 +44,21 @@ def rotary_tables(
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def rotate(x_BHSE: Tensor, rotary: Rotary) -> Tensor:
-    """Turns each pair (i, i + E/2) of a head by its angle: the layout of Llama in `transformers`."""
-    cos_SE, sin_SE = rotary
-    left, right = x_BHSE.chunk(2, dim=-1)
-    return x_BHSE * cos_SE + torch.cat([-right, left], dim=-1) * sin_SE
+class RMSNorm(nn.RMSNorm):
+    """torch's, with a choice of kernels."""
+
+    kernels = TORCH
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, EPSILON)
 
 
 class Attention(nn.Module):
+    kernels = TORCH
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -60,8 +68,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.v = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.o = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.attend: attention.Attend = attention.sdpa
 
     def forward(self, x_BSD: Tensor, rotary: Rotary, cache: LayerCache | None, packing: Packing | None) -> Tensor:
@@ -69,13 +77,15 @@ class Attention(nn.Module):
         q = self.q_norm(self.q(x_BSD).view(batch, steps, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k(x_BSD).view(batch, steps, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v(x_BSD).view(batch, steps, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = self.kernels.rotate(q, k, rotary)
         y = self.attend(q, k, v, packing) if cache is None else cache.attend(self.attend, q, k, v)
         return self.o(y.transpose(1, 2).reshape(batch, steps, -1))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020)."""
+
+    kernels = TORCH
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -85,15 +95,15 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(width, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.kernels.swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.attention_norm = RMSNorm(config.dim)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.feed_forward_norm = RMSNorm(config.dim)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -113,13 +123,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.norm = RMSNorm(config.dim)
         self._run: RunBlock = Block.__call__
 
     def configure(self, execution: ExecutionConfig) -> None:
         """Sets how the blocks are computed, for weights of the type and on the device that they now have.
 
-        Raises UserError where the attention backend cannot be used here.
+        Raises UserError where the attention backend or the kernels cannot be used here.
         """
         weight, head_dim = self.norm.weight, self.config.dim // self.config.heads
         _, attend = attention.choose(execution.attention, weight.device, weight.dtype, head_dim)
@@ -130,10 +140,20 @@ class Transformer(nn.Module):
             # Nothing in a block is random. What `selective` keeps is dear to make and cheap to hold.
             context = {"context_fn": _keep_products} if execution.recompute == "selective" else {}
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **context)  # type: ignore[arg-type]
-        if execution.compile == "on" or (execution.compile == "auto" and weight.is_cuda and _can_compile()):
+        compiled = execution.compile == "on" or (execution.compile == "auto" and weight.is_cuda and _can_compile())
+        self._take(kernels.choose(execution.kernels, weight.device, compiled))
+        if compiled:
             # One compilation serves all blocks: their weights are inputs to it.
             run = torch.compile(run, dynamic=False)
         self._run = run
+
+    def _take(self, chosen: Kernels) -> None:
+        if not self.config.qk_norm:
+            # Liger's turns queries and keys in place: without norms these are products, which `selective` keeps.
+            chosen = replace(chosen, rotate=TORCH.rotate)
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, Attention, FeedForward)):
+                module.kernels = chosen
 
     def forward(
         self,

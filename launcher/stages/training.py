@@ -7,7 +7,7 @@ from model.config import STAGES as NAMES
 
 WITHOUT_EFFECT = (
     "ranks", "micro_batch", "workers", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints",
-    "attention", "compile", "recompute",
+    "attention", "compile", "kernels", "recompute",
 )  # fmt: skip
 """Keys of `train` that say where, how and how often, not what is learnt: changing them rebuilds nothing."""
 

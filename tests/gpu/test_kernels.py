@@ -10,13 +10,16 @@ import torch
 from helpers import FIELDS, coarse_config, quantizers, random_batch
 
 from benchmarks.memory import measure
+from model import kernels
 from model.attention import Attend, Packing, choose, math
 from model.config import AttentionName, ExecutionConfig, TransformerConfig
 from model.errors import UserError
 from model.fields import ACOUSTIC
+from model.kernels import TORCH, Kernels
 from model.loss import linear_cross_entropy, linear_cross_entropy_reference
 from model.sampling import Sampler, generate_stage
 from model.stage import StageTransformer, build_stage
+from model.transformer import rotary_tables
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")]
@@ -28,6 +31,13 @@ WIDE = TransformerConfig(dim=2 * HEAD_DIM, layers=3, heads=2)
 def backend(name: AttentionName) -> Attend:
     try:
         return choose(name, torch.device(DEVICE), torch.bfloat16, HEAD_DIM)[1]
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def liger() -> Kernels:
+    try:
+        return kernels.choose("liger", torch.device(DEVICE), compiled=False)
     except UserError as error:
         pytest.skip(str(error))
 
@@ -130,6 +140,44 @@ def test_compiled_blocks_give_what_they_give_otherwise(recompute):
     stage, batch = stage_of(), batch_of()
     plain = loss_and_gradients(stage, batch)
     stage.configure(ExecutionConfig(compile="on", recompute=recompute))
+    for name, value in loss_and_gradients(stage, batch).items():
+        assert torch.allclose(value, plain[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("part", ["rms_norm", "rotate", "swiglu"])
+def test_ligers_kernels_are_torchs_in_fp64(part, dtype, tolerance):
+    fused = liger()
+    torch.manual_seed(0)
+    if part == "rms_norm":
+        shapes, others = [(2, 33, 384), (384,)], (1e-6,)
+    elif part == "rotate":
+        shapes = [(2, 4, 33, HEAD_DIM), (2, 2, 33, HEAD_DIM)]
+        where = torch.device(DEVICE)
+        others = (rotary_tables(tuple(map(float, range(33))), HEAD_DIM, 10_000.0, where, dtype),)
+    else:
+        shapes, others = [(2, 33, 384), (2, 33, 384)], ()
+    values = [torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes]
+    results = []
+    for chosen, wide in ((fused, dtype), (TORCH, torch.float64)):
+        inputs = [value.to(wide, copy=True).requires_grad_() for value in values]
+        # Copies, since Liger's may write into what it is given.
+        made = getattr(chosen, part)(*(value.clone() for value in inputs), *others)
+        made = torch.cat([value.flatten() for value in (made if part == "rotate" else (made,))])
+        weights = torch.linspace(-1, 1, len(made), device=DEVICE, dtype=wide)
+        results.append([made, *torch.autograd.grad((made * weights).sum(), inputs)])
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_a_stage_of_ligers_kernels_has_the_gradients_of_torchs(qk_norm, recompute):
+    liger()
+    stage, batch = stage_of(transformer=WIDE.model_copy(update={"qk_norm": qk_norm})), batch_of()
+    stage.configure(ExecutionConfig(compile="off", kernels="torch"))
+    plain = loss_and_gradients(stage, batch)
+    stage.configure(ExecutionConfig(compile="off", kernels="liger", recompute=recompute))
     for name, value in loss_and_gradients(stage, batch).items():
         assert torch.allclose(value, plain[name], atol=1e-5), name
 
