@@ -25,7 +25,16 @@ from launcher.recipe import Recipe, load_recipe
 from model.config import ExecutionConfig
 from model.stage import StageTransformer
 
-LIBRARIES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "flash-attn-3", "flash-attn-4")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "liger-kernel",
+)
 DTYPE = "bf16"
 FLAT = Variant("flat")
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}

@@ -103,7 +103,10 @@ def attention_backends(session: Session, head_dim: int) -> tuple[list[AttentionN
 
 
 def ours(session: Session, recipe: Recipe, backends: list[AttentionName], batch: int) -> Iterator[Contestant]:
-    """One for each backend, not compiled and compiled: twins that share their parameters."""
+    """One for each backend, as it comes, with Liger's kernels where they are installed, and compiled.
+
+    They are twins that share their parameters.
+    """
     before = allocated(session)
     codes = random_codes(recipe, recipe.stages.coarse.model.window_seconds, batch, session.device)
     shape = recipe.stages.coarse.model.transformer
@@ -111,14 +114,15 @@ def ours(session: Session, recipe: Recipe, backends: list[AttentionName], batch:
     first = session.new_stage(recipe, ExecutionConfig(compile="off"))
     optimizer = fused_adamw(session, first)
     facts = facts_of(first, optimizer, counted(recipe, FLAT).training_flops)
-    for compiled in (False, True):
+    variants = {"": ExecutionConfig(compile="off", kernels="torch"), ", compiled": ExecutionConfig(compile="on")}
+    if session.on_gpu and find_spec("liger_kernel"):
+        variants[", Liger"] = ExecutionConfig(compile="off", kernels="liger")
+    for suffix, variant in variants.items():
         for backend in backends:
-            execution = ExecutionConfig(attention=backend, compile="on" if compiled else "off")
-            twin = session.new_stage(recipe, execution)
+            twin = session.new_stage(recipe, variant.model_copy(update={"attention": backend}))
             twin.load_state_dict(first.state_dict(keep_vars=True), assign=True)
-            name = f"{backend}, compiled" if compiled else backend
             prepare = partial(choose, backend, torch.device(session.device), DTYPES[DTYPE], head_dim)
-            yield Contestant(name, lambda twin=twin: twin(codes).mean(), optimizer, prepare, facts, before)
+            yield Contestant(backend + suffix, lambda twin=twin: twin(codes).mean(), optimizer, prepare, facts, before)
 
 
 def llamas(session: Session, recipe: Recipe, batch: int) -> Iterator[Contestant]:
