@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from common import gib, origin, peak_memory, ratio_table, ratios, summary, write
+from llama import new_llama, random_text
 from peers import AudioLM
 from rich.console import Console
 from rich.table import Table
-from stages import DTYPES, SMALL, VARIANTS, Variant, accelerator, new_stage, random_codes, synchronizer
+from stages import SMALL, VARIANTS, Variant, accelerator, new_stage, random_codes, synchronizer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.recipe import Recipe, load_recipe
 from model.config import ExecutionConfig
-from model.counting import StageCount, count_stage, embedding_rows, ffn_width, token_fields
+from model.counting import StageCount, count_stage, token_fields
 from model.fields import CONDITIONING
 
 LIBRARIES = ("torch", "transformers", "numpy")
@@ -133,28 +133,11 @@ def ours(name: str, variant: Variant, recipe: Recipe, arguments: argparse.Namesp
 
 
 def llama(name: str, recipe: Recipe, arguments: argparse.Namespace) -> Contestant:
-    """Llama of the same shape over one flat vocabulary: every code of every quantizer the stage reads or writes."""
-    config, count = recipe.stages.coarse.model, counted(recipe, Variant("flat"))
-    special = 1 + len(config.conditions)  # ours has rows for a start and for absent conditions
-    shape = config.transformer
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=shape.dim,
-            intermediate_size=ffn_width(shape),
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads or shape.heads,
-            vocab_size=embedding_rows(config, token_fields(recipe.encoders, recipe.quantizers)) - special,
-            max_position_embeddings=count.positions,
-            rope_theta=shape.rope_theta,
-            attn_implementation="sdpa",
-        )
-    ).to(arguments.device, DTYPES[DTYPE])
+    count = counted(recipe, Variant("flat"))
+    model = new_llama(recipe, count, DTYPE, arguments.device)
     if name == LLAMA_COMPILED:
         model.compile()
-    ids = torch.randint(model.config.vocab_size, (arguments.batch, count.positions), device=arguments.device)
-    labels = ids.clone()
-    labels[:, : count.prefix] = -100  # as ours, it is not asked for the conditions
+    ids, labels = random_text(model, count, arguments.batch, arguments.device)
     step = training_step(model, lambda: model(input_ids=ids, labels=labels, use_cache=False).loss, arguments.device)
     return Contestant(name, count.positions, parameters(model), step)
 

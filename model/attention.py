@@ -113,20 +113,21 @@ def choose(name: AttentionName, device: torch.device, dtype: torch.dtype, head_d
         if wrong:
             raise UserError(f"attention backend {name!r} cannot be used here: {wrong}. Set attention to auto or sdpa.")
         return name, _ready(name)
-    return _best(device, dtype, head_dim)
+    best = _best(device, dtype, head_dim)
+    return best, _ready(best)
 
 
 @lru_cache(maxsize=16)
-def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend]:
+def _best(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     passed_over = []
     for name in ("flash4", "flash3", "flash2") if device.type == "cuda" else ():
         wrong = _trial(name, device, dtype, head_dim)
         if not wrong:
             log.info("attention: %s", name)
-            return name, _ready(name)
+            return name
         passed_over.append(f"{name}: {wrong}")
     log.info("attention: sdpa%s", f" ({'; '.join(passed_over)})" if passed_over else "")
-    return "sdpa", _ready("sdpa")
+    return "sdpa"
 
 
 def _ready(name: str) -> Attend:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Config(BaseModel):
@@ -148,7 +157,7 @@ class StageModelConfig(Config):
 
 
 AttentionName = Literal["auto", "math", "sdpa", "flash2", "flash3", "flash4"]
-KernelsName = Literal["auto", "torch", "liger"]
+KernelsName = Literal["torch", "liger"]
 
 
 class ExecutionConfig(Config):
@@ -158,12 +167,18 @@ class ExecutionConfig(Config):
     """Attention kernel; auto takes the best that works here."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto is on for a GPU."""
-    kernels: KernelsName = "auto"
-    """Kernels for norms, rotary positions and SwiGLU of blocks that are not compiled: torch's or those of liger-kernel;
-    auto takes the latter on a GPU where they are installed."""
+    kernels: KernelsName = "torch"
+    """Kernels for norms, rotary positions and SwiGLU: torch's, which compiled blocks fuse, or those of liger-kernel,
+    for blocks on a GPU that are not compiled."""
     recompute: Literal["none", "block", "selective"] = "none"
     """Activations made again in the backward pass, to save memory: none; all inside a block; or the cheap ones, keeping
     the results of matrix products and of attention."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """YAML reads a bare `on` or `off` as a truth value."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 StageName = Literal["semantic", "coarse", "fine"]

@@ -8,7 +8,6 @@ Shapes are named by letters: B batch, H heads, K key/value heads, S steps, E hea
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from model.config import KernelsName
 from model.errors import UserError
-
-log = logging.getLogger(__name__)
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin `[S, E]` of the angles of S positions."""
@@ -75,16 +72,13 @@ def _liger() -> Kernels:
 
 
 def choose(name: KernelsName, device: torch.device, compiled: bool) -> Kernels:
-    """The kernels `name`; `auto` takes Liger's on a GPU for blocks that are not compiled, and is logged once.
-
-    Raises UserError where Liger's cannot be used.
-    """
+    """The kernels `name`, for blocks that are `compiled` or not. Raises UserError where Liger's cannot be used."""
+    if name == "torch":
+        return TORCH
     wrong = _obstacle(device, compiled)
-    if name == "liger" and wrong:
-        raise UserError(f"kernels 'liger' cannot be used here: {wrong}. Set kernels to auto or torch.")
-    if name == "auto" and device.type == "cuda" and not compiled:
-        _say_once(f"kernels: torch ({wrong})" if wrong else "kernels: liger")
-    return TORCH if name == "torch" or wrong else _liger()
+    if wrong:
+        raise UserError(f"kernels 'liger' cannot be used here: {wrong}. Set kernels to torch.")
+    return _liger()
 
 
 def _obstacle(device: torch.device, compiled: bool) -> str | None:
@@ -93,8 +87,3 @@ def _obstacle(device: torch.device, compiled: bool) -> str | None:
     if compiled:
         return "the blocks are compiled, which fuses the same by itself"
     return None if find_spec("liger_kernel") else "the package liger-kernel is not installed"
-
-
-@lru_cache(maxsize=4)
-def _say_once(text: str) -> None:
-    log.info(text)

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model import attention, kernels
 from model.attention import Packing
@@ -183,13 +183,10 @@ def _can_compile() -> bool:
 
 
 def _keep_products() -> object:
-    aten = torch.ops.aten
-    return create_selective_checkpoint_contexts(
-        [
-            aten.mm.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-        ]
-    )
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: object, operation: torch._ops.OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:
+    name = operation.name()
+    kept = name == "aten::mm" or "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

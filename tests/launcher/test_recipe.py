@@ -27,6 +27,15 @@ def test_builtin_recipes_are_sound(name):
     assert load_recipe(name).name == name
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_compile_is_switched_by_a_bare_word(tmp_path, word):
+    """Which YAML takes for a truth value; it is kept as the word."""
+    recipe = load_recipe("quickstart", [f"stage_defaults.train.compile={word}"])
+    assert recipe.stages.fine.train.compile == word
+    again = load_recipe(written(tmp_path, dump_recipe(recipe)))
+    assert again.stages.fine.train.compile == word
+
+
 def test_stages_start_from_the_defaults_and_their_own_keys_win(tmp_path):
     text = """
         stage_defaults: {train: {steps: 100, learning_rate: 0.5, micro_batch: 4}, model: {transformer: {dim: 64}}}

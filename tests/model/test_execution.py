@@ -27,21 +27,6 @@ def loss_and_gradients(stage, batch):
     return loss.detach(), {name: value.grad.clone() for name, value in stage.named_parameters()}
 
 
-def bytes_kept(stage, batch) -> int:
-    """Bytes that the forward pass holds for the backward pass, beside the weights."""
-    own = {value.untyped_storage().data_ptr() for value in [*stage.parameters(), *stage.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        if value.untyped_storage().data_ptr() not in own:
-            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        stage(batch)
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("recompute", ["block", "selective"])
 def test_recomputation_gives_the_same_gradients_bit_for_bit(recompute):
     stage, batch = build(), random_batch()
@@ -50,18 +35,6 @@ def test_recomputation_gives_the_same_gradients_bit_for_bit(recompute):
     again = loss_and_gradients(stage, batch)
     assert torch.equal(plain[0], again[0])
     assert all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
-
-
-def test_recomputation_holds_less():
-    batch = random_batch()
-    held = {}
-    for recompute in ("none", "selective", "block"):
-        stage = build()
-        stage.configure(ExecutionConfig(recompute=recompute))
-        held[recompute] = bytes_kept(stage, batch)
-    # What `selective` keeps it holds itself, out of these hooks' sight; block keeps one hidden state a block.
-    assert held["block"] < 0.3 * held["none"]
-    assert held["selective"] < held["none"]
 
 
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 import pytest
@@ -58,18 +57,10 @@ def test_a_stage_computes_with_the_kernels_it_is_told_to(counting, qk_norm):
 def test_what_keeps_liger_from_being_used_is_said_in_words(monkeypatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     for device, compiled, message in (
-        (CPU, False, "'liger' cannot be used here: they need a GPU, and the model is on the cpu. Set kernels to auto"),
+        (CPU, False, "'liger' cannot be used here: they need a GPU, and the model is on the cpu. Set kernels to torch"),
         (GPU, True, "the blocks are compiled, which fuses the same by itself"),
         (GPU, False, "the package liger-kernel is not installed"),
     ):
         with pytest.raises(UserError, match=message):
             choose("liger", device, compiled)
-        assert choose("auto", device, compiled) is TORCH
-
-
-def test_auto_says_once_what_it_takes_for_blocks_that_are_not_compiled(caplog, counting):
-    kernels._say_once.cache_clear()
-    with caplog.at_level(logging.INFO):
-        assert [choose("auto", GPU, compiled=False).name for _ in range(2)] == ["liger", "liger"]
-        choose("auto", CPU, compiled=False)
-    assert [record.getMessage() for record in caplog.records] == ["kernels: liger"]
+        assert choose("torch", device, compiled) is TORCH
