@@ -28,7 +28,8 @@ def origin(libraries: Iterable[str], peer: str | None = None) -> dict[str, Any]:
     return {
         "command": shlex.join(command),
         "commit": output("git", "rev-parse", "HEAD"),
-        "clean": output("git", "status", "--porcelain") == "",
+        # A record that another benchmark has just written is no change to what is measured.
+        "clean": output("git", "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/records") == "",
         "machine": {
             "cpu": cpu(),
             "cores": os.cpu_count(),
