@@ -6,9 +6,9 @@ Runs the quickstart once, then again from a copy of it for every variant: one st
 others stay, and music is made and judged. `DIR` keeps the first run and each finished variant, so that the command goes
 on where it was stopped. Speed is not measured: two variants run at a time, each on one core.
 
-Variants train on one rank; the quickstart's own layout of a stage is taken from the first run, which trains on two. Where
-there is no prefix and a step has one code of a frame, positions by index and by time are the same, so such a pair is one
-model trained twice: its difference is what chance makes.
+Variants train on one rank; the quickstart's own layout of a stage is taken from the first run, which trains on two.
+Where there is no prefix and a step has one code of each quantizer at most, positions by index and by time are the same:
+such a pair is one model trained twice, and its difference is what chance makes.
 """
 
 from __future__ import annotations
