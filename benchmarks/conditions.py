@@ -78,7 +78,6 @@ VARIANTS = [
     Variant("semantic", ("summed", "aligned")),
     Variant("coarse", ("summed",), ("aligned",), "flat"),
     Variant("coarse", ("prefix",), ("prefix",), "flat"),
-    Variant("coarse", ("prefix",), ("prefix",), "flat", "index"),
 ]
 
 
