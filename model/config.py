@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -101,19 +101,11 @@ class ConditionConfig(Config):
     """First quantizer used."""
     last: int | None = None
     """One past the last quantizer used; all when not given."""
-    paths: list[Literal["prefix", "aligned", "summed"]] = Field(min_length=1)
+    paths: list[Literal["prefix", "aligned", "summed"]] = Field(["prefix"], min_length=1)
     """prefix: earlier tokens of the stream; aligned: added to each step at the same moment; summed: the sum of the
-    codes' centroids through a small MLP, added to each step. When not given what learnt best on the built-in corpus
-    (benchmarks/conditions.py): summed for the conditioning, aligned for the other fields."""
+    codes' centroids through a small MLP, added to each step."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that a training window loses this condition alone, beside the loss of all (condition_dropout)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_paths(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "paths" in values:
-            return values
-        return {**values, "paths": ["summed" if values.get("field") == "conditioning" else "aligned"]}
 
 
 class TransformerConfig(Config):

@@ -27,12 +27,6 @@ def test_builtin_recipes_are_sound(name):
     assert load_recipe(name).name == name
 
 
-def test_conditions_enter_by_their_usual_paths_unless_named():
-    conditions = "[{field: conditioning}, {field: semantic}, {field: acoustic, last: 2, paths: [prefix]}]"
-    found = load_recipe("quickstart", [f"stages.fine.model.conditions={conditions}"]).stages.fine.model.conditions
-    assert [condition.paths for condition in found] == [["summed"], ["aligned"], ["prefix"]]
-
-
 @pytest.mark.parametrize("word", ["on", "off", "auto"])
 def test_compile_is_switched_by_a_bare_word(tmp_path, word):
     """Which YAML takes for a truth value; it is kept as the word."""
