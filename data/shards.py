@@ -22,6 +22,8 @@ from streaming import MDSWriter, StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import prefix as streaming_prefix
 
+from model import artifact
+
 INDEX = "index.json"
 COLUMNS = {
     "id": "str",
@@ -56,12 +58,24 @@ def count_records(folder: Path) -> int:
     return sum(shard["samples"] for shard in json.loads((folder / INDEX).read_text())["shards"])
 
 
+def check_shards(tokens: Path, rank: int, world_size: int) -> list[str]:
+    """What is wrong with this rank's share of the files of the token artifact `tokens`, in words that name them.
+
+    Each rank digests every `world_size`-th file, so all ranks together read each file once; the reader must bring
+    their findings together. Raises UserError where `tokens` is no artifact.
+    """
+    found = artifact.read(tokens, "tokens")
+    share = sorted(found.manifest["files"].items())[rank::world_size]
+    return artifact.problems(artifact.Artifact(tokens, {**found.manifest, "files": dict(share)}))
+
+
 class Shards(StreamingDataset):
     """The records of local shards, each passed through `cut(record, epoch)`, in an order drawn by `seed` and the epoch.
 
     Each rank, and on it each loader worker, iterates over a part of its own; all ranks must start an epoch together.
     An epoch has `records` records over all ranks: with fewer than there are, some others are left out each time; with
-    more, some come twice.
+    more, some come twice. Any `n` records that follow each other in that order are the next of all ranks together,
+    however many ranks and nodes they are and however large their batches, as long as these divide `n`.
     """
 
     def __init__(
@@ -83,6 +97,7 @@ class Shards(StreamingDataset):
             shuffle_algo="py1e",
             shuffle_seed=seed,
             sampling_method="balanced" if shuffle else "fixed",
+            num_canonical_nodes=1,  # one order of all records; with more it would depend on the job's nodes
             # Its threads look this far ahead for shards to fetch. All are here, so let them look to the end and go:
             # a thread that waits for an epoch nobody finishes would keep the process from ending.
             predownload=max(records, batch),
@@ -99,31 +114,28 @@ class Shards(StreamingDataset):
         # next_epoch lies in memory that loader workers share; it is raised as an epoch starts.
         return self.cut(record, self.next_epoch - 1)
 
-    def resume(self, epoch: int, records: int, nodes: int) -> None:
-        """Lets the next iteration go on in `epoch`, after `records` records over all ranks, in the order of a job that
-        started on `nodes` nodes. Every rank must call it.
-        """
+    def resume(self, epoch: int, records: int) -> None:
+        """Lets the next iteration go on in `epoch`, after `records` records over all ranks. Every rank must call it."""
         self.next_epoch = epoch  # or else an earlier epoch than the present one would count as stale
         self.load_state_dict(
             {
                 "epoch": epoch,
                 "sample_in_epoch": records,
-                "num_canonical_nodes": nodes,
+                "num_canonical_nodes": self.num_canonical_nodes,
                 "shuffle_seed": self.shuffle_seed,
-                "initial_physical_nodes": nodes,
             }
         )
 
 
-def world() -> tuple[int, int]:
-    """Ranks and nodes of this job, by the environment that streaming reads.
+def world_size() -> int:
+    """Ranks of this job, by the environment that streaming reads.
 
     Raises RuntimeError where its launcher left that incomplete: every rank would take itself for the first of its node.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and ("LOCAL_WORLD_SIZE" not in os.environ or not dist.is_initialized()):
         raise RuntimeError("Set LOCAL_WORLD_SIZE and initialise the process group before shards are opened.")
-    return ranks, max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return ranks
 
 
 _job: str | None = None
@@ -139,9 +151,8 @@ def _claim_names() -> None:
     global _job
     if _job is not None:
         return
-    ranks, _ = world()
     names = [f"{JOB_NAME}{os.getpid()}-{secrets.token_hex(4)}"]
-    if ranks > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(names)
     _job = job = names[0]
 

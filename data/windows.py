@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.shards import Shards, count_records, world
+from data.shards import Shards, count_records, world_size
 from model import artifact
 from model.errors import UserError
 from model.fields import CONDITIONING, TokenField, common_period
 
 Window = dict[str, np.ndarray]
+
+DRAW = "draw"
+"""What a batch calls the numbers, int64 [batch], that everything else random about its windows is drawn by."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Cut:
         return {field.name: int(self.period * field.rate) for field in self.fields}
 
     def __call__(self, record: dict[str, Any], epoch: int) -> Window:
-        place, choice, text = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
+        place, choice, text, draw = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
         seconds = self._length(record)
         frames = {field.name: field.frames(seconds) for field in self.fields}
         last = min(((len(record[name]) - count) // self._steps[name] for name, count in frames.items()), default=0)
@@ -68,6 +71,7 @@ class Cut:
                 middle = float(start * self.period) + seconds / 2
                 row = record[CONDITIONING][self._row(middle, len(record[CONDITIONING]))]
             window[CONDITIONING] = row[None]
+        window[DRAW] = np.array(draw)
         return window
 
     def _length(self, record: dict[str, Any]) -> float:
@@ -84,27 +88,32 @@ class Cut:
         return min(max(round(nearest), 0), rows - 1)
 
 
-def _draws(seed: int, epoch: int, name: str) -> tuple[float, float, float]:
-    """Three numbers in [0, 1) that are the same on every machine and with every version of numpy."""
-    digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=24).digest()
-    first, second, third = (int.from_bytes(digest[at : at + 8], "little") >> 11 for at in (0, 8, 16))
-    return first / 2**53, second / 2**53, third / 2**53
+def _draws(seed: int, epoch: int, name: str) -> tuple[float, float, float, int]:
+    """Three numbers in [0, 1) and one of 63 bits, the same on every machine and with every version of numpy."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=32).digest()
+    words = [int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16, 24)]
+    first, second, third = ((word >> 11) / 2**53 for word in words[:3])
+    return first, second, third, words[3] >> 1
 
 
 class WindowLoader:
     """Batches of windows for this rank; one `iter()` is one epoch, and all ranks must start it together.
 
     Yields `{field: int64 [batch, frames, quantizers]}`, or where windows are packed a list of them, each a batch of
-    one with frames of its own; "conditioning" has one frame. `epoch` is the epoch that is
-    under way or, between two, the next. A state taken after any batch and loaded into a new loader gives exactly the
-    batches that would have followed, also with another number of workers, or of ranks where batch × ranks stays the
-    same. A loader without shuffling always starts at its first batch; one with it goes on with an epoch left halfway.
+    one with frames of its own; "conditioning" has one frame. Beside the fields stands DRAW, int64 [batch]: for each
+    window a number of 63 bits that is a pure function of (seed, epoch, clip id), as its crop is.
+
+    `epoch` is the epoch that is under way or, between two, the next. A state taken after any batch and loaded into a
+    new loader gives exactly the batches that would have followed. Taken after a whole global batch it also gives the
+    same windows of every later global batch to another number of ranks, nodes or workers and to another batch, where
+    batch × ranks divides the global batch. A loader without shuffling always starts at its first batch; one with it
+    goes on with an epoch left halfway.
     """
 
     def __init__(self, shards: Shards, batch: int, batches: int, workers: int, packed: bool) -> None:
         self.epoch = 0
         self._shards, self._batches = shards, batches
-        self._ranks, self._nodes = world()
+        self._ranks = world_size()
         self._records = 0
         """Records all ranks have had of this epoch."""
         self._moved = False
@@ -126,7 +135,7 @@ class WindowLoader:
         if not self._shards.shuffle:
             self.epoch = self._records = 0
         if self._records or self._moved:
-            self._shards.resume(self.epoch, self._records, self._nodes)
+            self._shards.resume(self.epoch, self._records)
             self._moved = False
         else:
             self._shards.next_epoch = self.epoch
@@ -141,11 +150,11 @@ class WindowLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is: after the last batch that was taken. The same on every rank, and plain JSON."""
-        return {"epoch": self.epoch, "records": self._records, "nodes": self._nodes}
+        return {"epoch": self.epoch, "records": self._records}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Lets the next `iter()` go on where `state` was taken. Every rank must call it."""
-        self.epoch, self._records, self._nodes = state["epoch"], state["records"], state["nodes"]
+        self.epoch, self._records = state["epoch"], state["records"]
         self._moved = True
 
 
@@ -157,6 +166,7 @@ def window_loader(
     *,
     batch: int,
     seed: int,
+    global_batch: int | None = None,
     text_probability: float = 0.0,
     workers: int = 0,
     shuffle: bool = True,
@@ -165,12 +175,13 @@ def window_loader(
     """Windows of `window_seconds` of the token artifact `tokens`, `batch` for each rank at a time.
 
     `fields` names what to cut, "conditioning" included where wanted: of it comes the row nearest to the window's
-    middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches, each rank's records its
-    own, in a new order and with new crops each time; the rest is left out, and less than one batch is filled up by
-    repeats. Without, every epoch is the same and all ranks get equally many batches, for which some records come twice.
+    middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches of `global_batch` windows
+    over all ranks, each rank's records its own, in a new order and with new crops each time; the rest is left out, and
+    less than one of them is filled up by repeats. Without, every epoch is the same and all ranks get equally many batches, for which some records come twice.
     With `packed` a batch is a list of windows, and a clip shorter than a window is one of its own length.
 
-    Raises UserError when a window is longer than the clips.
+    Raises UserError when a window is longer than the clips, and ValueError for a `global_batch` that is missing with
+    `shuffle`, or that the ranks cannot share out in batches.
     """
     info = artifact.read(tokens, "tokens").info
     if window_seconds > info["clip_seconds"]:
@@ -189,9 +200,13 @@ def window_loader(
         fixed=not shuffle,
         short=packed,
     )
-    ranks, _ = world()
-    count, unit = count_records(tokens / split), batch * ranks if shuffle else ranks
-    records = max(1, count // unit) * unit if shuffle else -(-count // unit) * unit
+    ranks, count = world_size(), count_records(tokens / split)
+    if shuffle:
+        if global_batch is None or global_batch % (batch * ranks):
+            raise ValueError(f"{ranks} ranks cannot share out a global batch of {global_batch} in batches of {batch}")
+        records = max(1, count // global_batch) * global_batch
+    else:
+        records = -(-count // ranks) * ranks
     shards = Shards(tokens / split, cut, records=records, batch=batch, seed=seed, shuffle=shuffle)
     return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers, packed)
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from data.processes import plain_errors
-from model.errors import UserError
+from model.errors import UserError, nearest
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -235,7 +235,6 @@ def _run_stage(run: Path, stage: str) -> None:
 
 
 def _one_of(name: str, names: tuple[str, ...], purpose: str) -> None:
-    from launcher.recipe_errors import nearest
 
     if name not in names:
         raise UserError(f"there is nothing called {name!r} {purpose}.{nearest(name, names)} Choose {', '.join(names)}.")

@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from launcher import stages
 from launcher.recipe import Recipe
-from launcher.recipe_errors import nearest
 from launcher.run_folder import read_state
 from launcher.stage import Stage
 from model import artifact
-from model.errors import UserError
+from model.errors import UserError, nearest
 
 STAGE_FILE = "stage.json"
 """Beside the checkpoints of a trained stage: the fingerprint they belong to."""

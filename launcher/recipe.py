@@ -14,9 +14,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from data.config import DataConfig
 from launcher.recipe_checks import check
-from launcher.recipe_errors import nearest, plain_lines
+from launcher.recipe_errors import plain_lines
 from model.config import STAGES, Config, EncodersConfig, QuantizersConfig, SamplingConfig
-from model.errors import UserError
+from model.errors import UserError, nearest
 from trainer.config import StageConfig
 
 DEFAULTS = "stage_defaults"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 import typing
@@ -10,6 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from model.errors import nearest
 
 EXPECTED = {
     "int_parsing": "a whole number",
@@ -33,12 +34,6 @@ BOUNDS = {
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
 }
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message that asks whether the one of `names` that is most like `name` was meant; often empty."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]}?" if found else ""
 
 
 def plain_lines(error: ValidationError, model: type[BaseModel], own: Any, defaults: Any) -> list[str]:

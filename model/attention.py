@@ -164,7 +164,7 @@ def _trial(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
         y.sum().backward()
     except ImportError:
         return f"the package {package} is not installed"
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:  # how these packages say that their kernels are not for this GPU
         return f"it failed on a small trial ({str(error).splitlines()[0]})"
     worst = (y - math(q, k, v, None)).abs().max().item()
     return None if worst < 0.05 else f"it differs from the reference by {worst:.2g} on a small trial"

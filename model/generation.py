@@ -5,14 +5,13 @@ Imports no torch: the command line refuses a bad value before it waits for a bun
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from model.config import STAGES, SamplingConfig
-from model.errors import UserError
+from model.errors import UserError, nearest
 
 ALLOWED = {
     "temperature": "a number that is 0 or more",
@@ -66,6 +65,4 @@ def _by_stage(option: str, value: Any) -> Any:
 
 
 def _no_stage(name: str) -> str:
-    close = difflib.get_close_matches(name, STAGES, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"there is no stage {name!r}.{hint} Choose {', '.join(STAGES)}."
+    return f"there is no stage {name!r}.{nearest(name, STAGES)} Choose {', '.join(STAGES)}."

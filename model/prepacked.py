@@ -1,7 +1,8 @@
 """Linear layers for sampling on a CPU, their weights laid out once as oneDNN's products want them.
 
-A step multiplies a few rows by every weight of the model. torch's plain product lays the weight out anew at each call,
-and in fp32 takes another algorithm, with other rounding, for other numbers of rows: a clip would depend on its batch.
+A step multiplies a few rows by every weight of the model, for which torch's usual layout is slower in bf16. In fp32
+torch's plain product takes other algorithms, with other rounding, for other numbers of rows: a clip would depend on its
+batch.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from model.stage import StageTransformer, build_stage
 from model.transformer import rotary_tables
 
 DEVICE = "cuda"
+# `make test` runs everywhere, CI without a GPU included: it is to say there that these were left out.
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")]
 BACKENDS = [name for name in get_args(AttentionName) if name not in ("auto", "math")]
 HEAD_DIM = 64

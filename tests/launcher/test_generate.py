@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import soundfile
+import torch
 from small_bundle import PROMPTS, make_bundle
 
 from launcher import cli
@@ -110,7 +111,10 @@ def test_the_weights_can_be_in_bf16(music):
         (["--seed", "-1"], "--seed is -1: it must be a whole number that is 0 or more and less than 2^62."),
         (["--overlap", "1"], "--overlap is 1.0: it must be a number that is 0 or more and less than 1."),
         (["--device", "tpu"], "device is 'tpu': it must be cpu or cuda."),
-        (["--device", "cuda:99"], "device is 'cuda:99': torch finds 0 GPUs here. Choose cpu."),
+        (
+            ["--device", "cuda:99"],
+            f"device is 'cuda:99': torch finds {torch.cuda.device_count()} GPUs here. Choose cpu.",
+        ),
         (["--dtype", "fp16"], "dtype is 'fp16': it must be auto, fp32 or bf16."),
     ],
 )
