@@ -177,7 +177,8 @@ def window_loader(
     `fields` names what to cut, "conditioning" included where wanted: of it comes the row nearest to the window's
     middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches of `global_batch` windows
     over all ranks, each rank's records its own, in a new order and with new crops each time; the rest is left out, and
-    less than one of them is filled up by repeats. Without, every epoch is the same and all ranks get equally many batches, for which some records come twice.
+    less than one of them is filled up by repeats. Without, every epoch is the same and all ranks get equally many
+    batches, for which some records come twice.
     With `packed` a batch is a list of windows, and a clip shorter than a window is one of its own length.
 
     Raises UserError when a window is longer than the clips, and ValueError for a `global_batch` that is missing with

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.progress import Progress
-from data.windows import window_loader
+from data.windows import DRAW, window_loader
 from model import artifact
 from model.dropping import Dropped, draw_dropped
 from model.fields import CONDITIONING
@@ -59,6 +59,7 @@ class Training:
             self.setup.config.model.window_seconds,
             batch=self.engine.micro_batch,
             seed=self.setup.seed,
+            global_batch=self.config.global_batch if shuffle else None,
             text_probability=text_probability,
             workers=self.config.workers if shuffle else 0,
             shuffle=shuffle,
@@ -80,7 +81,7 @@ class Training:
             self._validate(metrics)
         self._logged = time.monotonic(), self.step
         while self.step < self.config.steps:
-            losses = self.engine.train_step([self._draw(batches, micro) for micro in range(self.engine.accumulation)])
+            losses = self.engine.train_step([self._draw(batches) for _ in range(self.engine.accumulation)])
             self.step += 1
             self._after_step(losses, metrics)
         self._write_weights()
@@ -108,23 +109,16 @@ class Training:
         while True:
             yield from self.loader
 
-    def _draw(self, batches: Iterator[MicroBatch], micro: int) -> tuple[MicroBatch, Dropped | list[Dropped]]:
-        """The next micro batch, and what its windows do without.
-
-        The choice is a pure function of (seed, step, rank, micro batch) and of how many windows there are and how long
-        the longest is: a resume needs no random state.
-        """
+    def _draw(self, batches: Iterator[MicroBatch]) -> tuple[MicroBatch, Dropped | list[Dropped]]:
+        """The next micro batch, and what its windows do without: a pure function of (seed, epoch, clip)."""
         batch = next(batches)
-        shapes = [self._checked(window) for window in (batch if isinstance(batch, list) else [batch])]
         self._frames += predicted_frames(batch, self.setup.config.model.field)
-        seed = artifact.fingerprint(self.setup.seed, self.step, self.engine.rank, micro)
-        generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
-        windows, frames, quantizers = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes), shapes[0][2]
-        dropped = draw_dropped(self.setup.config.model, torch.Size([windows, frames, quantizers]), generator)
-        dropped = dropped.to(self.engine.device)
-        if isinstance(batch, list):
-            return self._to_device(batch), [_one(dropped, index, shape[1]) for index, shape in enumerate(shapes)]
+        dropped = [self._dropped(window) for window in batch] if isinstance(batch, list) else self._dropped(batch)
         return self._to_device(batch), dropped
+
+    def _dropped(self, window: Batch) -> Dropped:
+        _, frames, quantizers = self._checked(window)
+        return draw_dropped(self.setup.config.model, window[DRAW], frames, quantizers).to(self.engine.device)
 
     def _checked(self, window: Batch) -> torch.Size:
         """The shape of the codes to predict, all codes looked at while they are in host memory."""
@@ -237,9 +231,3 @@ class Training:
             }
             artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, info=info, names=[WEIGHTS])
         self.engine.barrier()
-
-
-def _one(dropped: Dropped, index: int, frames: int) -> Dropped:
-    """What window `index` of `frames` frames does without, of what was drawn for the longest."""
-    one = dropped.window(index)
-    return Dropped(one.conditions_BN, None if one.codes_BTQ is None else one.codes_BTQ[:, :frames])

@@ -143,9 +143,9 @@ def test_the_loader_reads_what_was_written(made: tuple[Path, EncodersConfig], tm
     with artifact.create(tmp_path / "tokens", "tokens", "x") as (folder, info):
         info.update(run(made, folder))
     fields = ["semantic", "acoustic", "conditioning"]
-    (batch,) = window_loader(tmp_path / "tokens", "train", fields, 1.0, batch=2, seed=0)
+    (batch,) = window_loader(tmp_path / "tokens", "train", fields, 1.0, batch=2, seed=0, global_batch=2)
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
-        "semantic": (2, 50, 1), "acoustic": (2, 25, 4), "conditioning": (2, 1, 3),
+        "semantic": (2, 50, 1), "acoustic": (2, 25, 4), "conditioning": (2, 1, 3), "draw": (2,),
     }  # fmt: skip
 
 
