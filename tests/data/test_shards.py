@@ -4,13 +4,17 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from streaming.base.batching import generate_work
+from streaming.base.world import World
 
 from data import shards
+from model import artifact
 
 MEMORY = Path("/dev/shm")
 
@@ -79,8 +83,71 @@ def test_jobs_that_start_together_and_die_leave_nothing_in_the_way(folder: Path)
                 os.kill(process.pid or 0, signal.SIGKILL)
                 process.join()
         assert all(names(process.pid) for process in jobs)
-        shards.remove_leftovers()
-        assert not any(names(process.pid) for process in jobs)
+        start = context.Process(target=job, args=(folder, 1, done))
+        start.start()
+        try:
+            assert done.get() == 20
+            assert names(start.pid)
+            assert not any(names(process.pid) for process in jobs), "the next start leaves what the dead ones left"
+        finally:
+            start.terminate()
+            start.join()
+
+
+@pytest.mark.parametrize("drop", [0, 12, 36])
+def test_one_order_whatever_the_nodes_ranks_workers_and_batches(folder: Path, drop: int) -> None:
+    """Each 12 records in turn are the same for jobs that one machine could not run, of several nodes too."""
+
+    def global_batches(nodes: int, ranks: int, workers: int, batch: int) -> list[list[int]]:
+        reader = shards.Shards(folder, lambda row, epoch: row, records=48, batch=batch, seed=0, shuffle=True)
+        reader.resume(epoch=3, records=drop)
+        world = World(nodes, ranks, workers, 0)
+        work = generate_work(reader.batching_method, reader, world, *reader._resume(world, 0))
+        assert work.shape[:3] == (nodes, ranks, workers)
+        arriving = work.transpose(3, 2, 0, 1, 4).flatten()
+        found = arriving[arriving >= 0].tolist()
+        return [sorted(found[at : at + 12]) for at in range(0, len(found), 12)]
+
+    whole = global_batches(1, 1, 1, 12)
+    assert len(whole) == (48 - drop) // 12
+    for layout in [(1, 2, 2, 3), (1, 3, 1, 4), (1, 4, 2, 1), (2, 1, 2, 2), (2, 3, 1, 2), (3, 2, 3, 1), (4, 1, 1, 3)]:
+        assert global_batches(*layout) == whole, layout
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    with artifact.create(tmp_path / "tokens", "tokens", "t") as (path, _):
+        for split in ("train", "validation"):
+            shards.write_records(path / split, map(record, range(20)))
+    return tmp_path / "tokens"
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [(Path.unlink, "is missing"), (cut_short, "bytes"), (flip_one_bit, "has changed")]
+)
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("name", ["train/shard.00000.mds", "validation/index.json"])
+def test_damage_is_found_by_one_rank_and_named(
+    tokens: Path, name: str, world_size: int, damage: Callable[[Path], None], words: str
+) -> None:
+    def problems() -> list[str]:
+        return [text for rank in range(world_size) for text in shards.check_shards(tokens, rank, world_size)]
+
+    assert problems() == []
+    damage(tokens / name)
+    (problem,) = problems()
+    assert str(tokens / name) in problem
+    assert words in problem
 
 
 def test_says_what_a_launcher_forgot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

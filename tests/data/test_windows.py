@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from data import shards
-from data.windows import WindowLoader, window_loader
+from data.windows import DRAW, WindowLoader, window_loader
 from model import artifact
 from model.errors import UserError
 from model.fields import TokenField
@@ -60,7 +61,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loader(tokens: Path, split: str = "train", seconds: float = 1.0, batch: int = 4, **options: Any) -> WindowLoader:
-    return window_loader(tokens, split, FIELDS, seconds, **{"batch": batch, "seed": 3, **options})
+    options = {"batch": batch, "global_batch": batch, "seed": 3, **options}
+    return window_loader(tokens, split, FIELDS, seconds, **options)
 
 
 def crops(windows: WindowLoader) -> dict[int, int]:
@@ -110,9 +112,26 @@ def test_a_crop_depends_on_seed_epoch_and_clip_alone(tokens: Path) -> None:
     assert sum(first[clip] == elsewhere[clip] for clip in first.keys() & elsewhere.keys()) < 10
 
 
-def test_an_epoch_is_whole_batches_in_a_new_order(tokens: Path) -> None:
-    windows = loader(tokens, batch=8)
-    assert len(windows) == 6
+def test_a_draw_depends_on_seed_epoch_and_clip_alone(tokens: Path) -> None:
+    def draws(windows: WindowLoader) -> dict[int, int]:
+        return {
+            int(clip): int(draw)
+            for batch in windows
+            for clip, draw in zip(batch["semantic"][:, 0, 1], batch[DRAW], strict=True)
+        }
+
+    one = loader(tokens)
+    first, other = draws(one), draws(loader(tokens, batch=5, seconds=2.0, workers=2))
+    assert all(first[clip] == other[clip] for clip in first.keys() & other.keys())
+    assert len({*first.values(), *draws(one).values(), *draws(loader(tokens, seed=4)).values()}) == 3 * 48
+    assert min(first.values()) >= 0
+    assert max(first.values()) > 2**61
+
+
+@pytest.mark.parametrize("batch", [2, 4, 16])
+def test_an_epoch_is_whole_global_batches_in_a_new_order(tokens: Path, batch: int) -> None:
+    windows = loader(tokens, batch=batch, global_batch=16)
+    assert len(windows) == 48 // batch
     orders = [list(crops(windows)) for _ in range(3)]
     assert all(len(order) == 48 for order in orders)
     assert orders[0] != orders[1] != orders[2]
@@ -177,16 +196,23 @@ def test_text_takes_the_place_of_audio(tokens: Path, tmp_path: Path) -> None:
     assert share(loader(silent, text_probability=1.0)) == 0
 
 
-def test_fewer_records_than_a_batch(tmp_path: Path) -> None:
+def test_fewer_records_than_a_global_batch(tmp_path: Path) -> None:
     few = write_tokens(tmp_path / "tokens", train=3, validation=1)
-    windows = loader(few, batch=8)
-    assert len(windows) == 1
+    windows = loader(few, batch=4, global_batch=8)
+    assert len(windows) == 2
     list(windows)
     handles = len(os.listdir("/proc/self/fd"))
     for _ in range(40):
-        (batch,) = list(windows)
-        assert set(batch["semantic"][:, 0, 1].tolist()) == {0, 1, 2}
+        batches = list(windows)
+        assert len(batches) == 2
+        assert {clip for batch in batches for clip in batch["semantic"][:, 0, 1].tolist()} == {0, 1, 2}
     assert len(os.listdir("/proc/self/fd")) <= handles + 2, "epochs leave files open"
+
+
+@pytest.mark.parametrize("global_batch", [None, 6])
+def test_a_global_batch_that_cannot_be_shared_out(tokens: Path, global_batch: int | None) -> None:
+    with pytest.raises(ValueError, match=f"1 ranks cannot share out a global batch of {global_batch} in batches of 4"):
+        loader(tokens, batch=4, global_batch=global_batch)
 
 
 LENGTHS = (4.0, 3.21, 1.3, 0.5)
@@ -259,58 +285,75 @@ def test_draws_nothing_from_the_trainings_random_numbers(tokens: Path) -> None:
     assert (torch.get_rng_state() == before).all()
 
 
-def start_ranks(ranks: int, folder: Path, task: Callable[[int], Any]) -> list[Any]:
-    """`task(rank)` in `ranks` new processes with a process group; their results."""
-    context = multiprocessing.get_context("fork")  # streaming is imported already
-    queue = context.SimpleQueue()
-
-    def run(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-        shards._job = None
-        if ranks > 1:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-        queue.put((rank, task(rank)))
-        if ranks > 1:
-            dist.barrier()
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
-    (folder / "store").unlink(missing_ok=True)
-    return [results[rank] for rank in range(ranks)]
+GLOBAL_BATCH, STEPS = 12, 10
+PLACES = (0, 3, 4, 6)
+"""Optimizer steps after which a run goes on: the start, amid an epoch, at its end and after it."""
+LAYOUTS = {1: ((12, 0), (1, 2)), 2: ((6, 0), (1, 2)), 3: ((4, 2), (1, 0)), 4: ((3, 0), (1, 2))}
+"""By number of ranks: micro batches and loader workers."""
+State = dict[str, int]
+Steps = list[list[list[int]]]
+"""Clip, first frame, whether text, and draw of each window of each step, in no order within the step."""
 
 
-def test_two_ranks_share_an_epoch_and_one_goes_on(tokens: Path, tmp_path: Path) -> None:
-    def two(rank: int) -> Any:
-        windows = loader(tokens, batch=4)
-        assert len(windows) == 6
-        epoch = [crop for batch in windows for crop in batch["semantic"][:, 0].tolist()]
-        later = [batch["semantic"][:, 0].tolist() for batch, _ in zip(windows, range(3), strict=False)]
-        state = windows.state_dict()
-        rest = [batch["semantic"][:, 0].tolist() for batch in windows]
-        validation = loader(tokens, "validation", shuffle=False, batch=3)
-        seen = [[batch["semantic"][:, 0, 1].tolist() for batch in validation] for _ in range(2)]
-        return epoch, later, state, rest, seen
+def take(windows: WindowLoader, micro_batches: int, count: int) -> Iterator[tuple[list[list[int]], State]]:
+    """This rank's windows of `count` optimizer steps, and the state after each."""
+    batches = (batch for _ in itertools.count() for batch in windows)
+    for _ in range(count):
+        step = []
+        for batch in itertools.islice(batches, micro_batches):
+            text = (batch["conditioning"] == TEXT).flatten(1).all(1, keepdim=True)
+            step += torch.cat([batch["semantic"][:, 0], text, batch[DRAW][:, None]], dim=1).tolist()
+        yield step, windows.state_dict()
 
-    (epoch, later, state, rest, seen), (epoch2, _, state2, rest2, seen2) = start_ranks(2, tmp_path, two)
-    clips, clips2 = {clip for _, clip in epoch}, {clip for _, clip in epoch2}
-    assert len(clips) == len(clips2) == 24
-    assert not clips & clips2
-    assert state == state2
-    assert len(later) == 3
-    assert [len(batch) for batch in seen[0]] == [len(batch) for batch in seen2[0]] == [3, 1]
-    assert seen[0] == seen[1]
-    assert {clip for batch in seen[0] + seen2[0] for clip in batch} == set(range(500, 507))
 
-    def one(rank: int) -> Any:
-        windows = loader(tokens, batch=8)
-        windows.load_state_dict(state)
-        return [batch["semantic"][:, 0].tolist() for batch in windows]
+def go_on_from_each_place(tokens: Path, results: Path, states: list[State]) -> None:
+    """On each rank: for each layout and place, the steps from there and the state after each."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    found = []
+    for micro_batch, workers in LAYOUTS[ranks]:
+        for place in PLACES:
+            windows = loader(
+                tokens, batch=micro_batch, global_batch=GLOBAL_BATCH, workers=workers, text_probability=0.5
+            )
+            windows.load_state_dict(states[place])
+            found.append(list(take(windows, GLOBAL_BATCH // (micro_batch * ranks), STEPS - place)))
+    (results / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
-    (alone,) = start_ranks(1, tmp_path, one)
-    together = [sorted(left + right) for left, right in zip(rest, rest2, strict=True)]
-    assert [sorted(batch) for batch in alone] == together
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_the_same_windows_at_every_step_whatever_the_layout(tokens: Path, tmp_path: Path, ranks: int) -> None:
+    """A run that goes on, from a state that any layout leaves, at any other."""
+    windows = loader(tokens, batch=GLOBAL_BATCH, global_batch=GLOBAL_BATCH, text_probability=0.5)
+    states = [windows.state_dict()]
+    expected: Steps = []
+    for step, state in take(windows, 1, STEPS):
+        expected.append(sorted(step))
+        states.append(state)
+    assert len({tuple(window) for step in expected for window in step}) == STEPS * GLOBAL_BATCH
+    run_ranks(go_on_from_each_place, ranks, tmp_path, tokens, tmp_path, states)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    cases = itertools.product(LAYOUTS[ranks], PLACES)
+    for (layout, place), *runs in zip(cases, *found, strict=True):
+        together = [sorted(window for step, _ in parts for window in step) for parts in zip(*runs, strict=True)]
+        assert together == expected[place:], (layout, place)
+        for run in runs:
+            assert [state for _, state in run] == states[place + 1 :], (layout, place)
+
+
+def share_validation(tokens: Path, results: Path) -> None:
+    dist.init_process_group("gloo")
+    validation = loader(tokens, "validation", shuffle=False, batch=3)
+    seen = [[batch["semantic"][:, 0, 1].tolist() for batch in validation] for _ in range(2)]
+    (results / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_validation(tokens: Path, tmp_path: Path) -> None:
+    run_ranks(share_validation, 2, tmp_path, tokens, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for first, second in found:
+        assert first == second
+        assert [len(batch) for batch in first] == [3, 1]
+    assert {clip for first, _ in found for batch in first for clip in batch} == set(range(500, 507))
