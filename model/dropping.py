@@ -27,11 +27,6 @@ class Dropped:
         codes = None if self.codes_BTQ is None else self.codes_BTQ.to(device, non_blocking=True)
         return Dropped(self.conditions_BN.to(device, non_blocking=True), codes)
 
-    def window(self, index: int) -> Dropped:
-        """What the window `index` does without, as a batch of one."""
-        codes = None if self.codes_BTQ is None else self.codes_BTQ[index : index + 1]
-        return Dropped(self.conditions_BN[index : index + 1], codes)
-
 
 def draw_dropped(config: StageModelConfig, draws_B: Tensor, frames: int, quantizers: int) -> Dropped:
     """What windows of `frames` frames do without: all conditions of a window, each of them alone, own codes.

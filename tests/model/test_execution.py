@@ -82,13 +82,12 @@ def test_packed_windows_have_the_loss_of_padded_ones(pattern, attention):
 
 def test_packed_windows_of_one_length_have_the_loss_of_the_batch():
     stage, batch = build(), random_batch()
-    dropped = draw_dropped(
-        coarse_config(condition_dropout=0.5, forgetful_masking=0.0),
-        torch.arange(3),
-        *stage.own_codes(batch).shape[1:],
-    )
+    config = coarse_config(condition_dropout=0.5, forgetful_masking=0.0)
+    draws, shape = torch.arange(2, 5), stage.own_codes(batch).shape[1:]
+    dropped = draw_dropped(config, draws, *shape)
+    assert 0 < dropped.conditions_BN.sum() < dropped.conditions_BN.numel()
     windows = [{name: codes[i : i + 1] for name, codes in batch.items()} for i in range(3)]
-    packed = stage.packed(windows, [dropped.window(i) for i in range(3)])
+    packed = stage.packed(windows, [draw_dropped(config, draws[i : i + 1], *shape) for i in range(3)])
     assert torch.allclose(packed, stage(batch, dropped), atol=1e-5)
 
 
