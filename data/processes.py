@@ -42,10 +42,10 @@ def plain_errors(folder: Path | None = None) -> Iterator[None]:
         fail(disk_full(folder or error.filename))
 
 
-def fail(message: str) -> None:
-    """Ends the process with exit code 2; its further lines are indented, so that a log shows where they end."""
+def fail(message: str, code: int = 2) -> None:
+    """Says what is wrong and ends the process; further lines are indented, so that a log shows where they end."""
     print("error: " + message.replace("\n", "\n       "), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def disk_full(place: Path | str | None) -> str:

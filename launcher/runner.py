@@ -28,13 +28,12 @@ from model import artifact
 from model.config import STAGES as TRAINED
 from model.counting import count_stage, token_fields
 from model.fields import CONDITIONING, SEMANTIC
+from trainer.exit_codes import DIVERGED, SAVED
 
 STOP_SECONDS = 60
 """How long stages may take to save when told to stop."""
 POLL_SECONDS = 0.2
 INTERRUPTED = 130
-SAVED = 75
-"""What a rank ends with that something else told to stop and that has saved (EX_TEMPFAIL)."""
 BUSY_PORT = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 FULL_BYTES = 1_000_000
 """A disk with less free is full, whatever the library that failed on it says."""
@@ -119,7 +118,7 @@ def space_needed(recipe: Recipe, todo: Sequence[Stage]) -> int:
         parameters = count_stage(stage.model, fields, dims).parameters
         weights = 2 * 4 * parameters  # the stage's own and the bundle's
         # A checkpoint has bf16 weights and three fp32 copies; the oldest goes only after a new one is there.
-        checkpoints = (stage.train.keep_checkpoints + 1) * 14 * parameters
+        checkpoints = (stage.train.keep_last + 1) * 14 * parameters
         needed += weights + checkpoints if name in names else 0
     return needed
 
@@ -268,7 +267,7 @@ class Execution:
 
     def _fail(self, job: Job, code: int) -> None:
         output = job.output()
-        message = user_message(output) if code == 2 else None
+        message = user_message(output) if code in (2, DIVERGED) else None
         if DISK_FULL.search(output) or shutil.disk_usage(self.folder.path).free < FULL_BYTES:
             message = disk_full(self.folder.path)
         if message is not None:

@@ -119,12 +119,24 @@ def write_manifest(
     files = describe_files(folder, names)
     for name in files:
         sync(folder / name)
+    seal(folder, kind, fingerprint, inputs or {}, info or {}, files)
+
+
+def seal(
+    folder: Path,
+    kind: str,
+    fingerprint: str,
+    inputs: dict[str, str],
+    info: dict[str, Any],
+    files: dict[str, dict[str, Any]],
+) -> None:
+    """Writes the manifest of a folder whose `files`, as `describe_files` gives them, are synced already."""
     manifest = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
-        "inputs": inputs or {},
-        "info": info or {},
+        "inputs": inputs,
+        "info": info,
         "files": files,
     }
     write_json(folder / MANIFEST, manifest)
@@ -158,13 +170,14 @@ def read(path: Path, kind: str | None = None) -> Artifact:
     return Artifact(path, manifest)
 
 
-def problems(artifact: Artifact, digests: bool = True) -> list[str]:
+def problems(artifact: Artifact, digests: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What differs between the files on disk and the manifest, in words; an empty list when the artifact is whole.
 
-    Without `digests` only presence and size are compared, which reads no file.
+    Without `digests` only presence and size are compared, which reads no file. Of `share` = (i, n) only the i-th of n
+    parts of the files is looked at, so that n processes can divide the work.
     """
     found = []
-    for name, expected in artifact.manifest["files"].items():
+    for name, expected in list(artifact.manifest["files"].items())[share[0] :: share[1]]:
         file = artifact.path / name
         if not file.is_file():
             found.append(f"{file} is missing")

@@ -7,10 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from data.processes import die_with_parent, plain_errors
-
-INTERRUPTED = 75
-"""Exit code of a rank that was told to stop and saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+from data.processes import die_with_parent, fail, plain_errors
+from trainer.exit_codes import DIVERGED, SAVED
 
 
 def main() -> int:
@@ -30,7 +28,7 @@ def train(run: Path, stage: str) -> int:
 
     from trainer.engine import Engine, start_process_group
     from trainer.setup import StageSetup
-    from trainer.training import Interrupted, Training
+    from trainer.training import Diverged, Interrupted, Training
 
     start_process_group()
     rank = distributed.get_rank()
@@ -40,7 +38,9 @@ def train(run: Path, stage: str) -> int:
         Training(setup, Engine(setup.build_model(), setup.config.train)).run()
     except Interrupted as interrupted:
         logging.getLogger(__name__).info("%s", interrupted)
-        return INTERRUPTED
+        return SAVED
+    except Diverged as diverged:
+        fail(str(diverged), DIVERGED)
     finally:
         # Without this a ZeRO-3 process can abort at exit after good work.
         distributed.destroy_process_group()

@@ -17,16 +17,30 @@ class TrainConfig(ExecutionConfig):
     """Processes (one GPU each where there are GPUs)."""
     global_batch: PositiveInt = 32
     """Windows a step, over all ranks."""
-    micro_batch: PositiveInt | None = None
-    """Windows a rank and forward pass; global_batch / ranks when not given."""
+    micro_batch: PositiveInt | Literal["auto"] | None = None
+    """Windows a rank and forward pass; global_batch / ranks when not given, the most that fit where `auto`."""
     learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "linear", "cosine", "wsd", "plateau"] = "cosine"
     warmup_steps: NonNegativeInt = 50
     final_learning_rate: NonNegativeFloat = 0.0
-    """Where the cosine ends, as a share of learning_rate."""
+    """Where the schedule ends, as a share of learning_rate."""
+    decay_steps: PositiveInt | None = None
+    """Last steps over which `wsd` decays; a fifth of all when not given."""
+    plateau_factor: float = Field(0.5, gt=0, lt=1)
+    """What `plateau` multiplies the learning rate by."""
+    plateau_patience: PositiveInt = 3
+    """Validations without a better loss before it does."""
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
     """Largest gradient norm."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay a step of an exponential moving average of the weights, kept beside them for the export; none without."""
+    spike_threshold: PositiveFloat | None = 8.0
+    """Standard deviations above the running mean at which a step's loss is a spike and the step left out; no spikes
+    without. Steps whose loss or gradient is not finite are always left out."""
+    most_bad_steps: PositiveInt = 10
+    """Steps left out in a row that end the training."""
     precision: Literal["bf16", "fp32"] = "bf16"
     zero: str = "zero2"
     """A file of ds_configs/ (without .json), or a path to a DeepSpeed JSON file."""
@@ -39,18 +53,58 @@ class TrainConfig(ExecutionConfig):
     """Data loader processes a rank."""
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
+    sample_every: PositiveInt | None = None
+    """Steps between samples made into sound; none without."""
     checkpoint_every: PositiveInt = 200
-    keep_checkpoints: int = Field(2, ge=2)
+    checkpoint_async: bool = True
+    """Whether checkpoints are written beside the training, from copies."""
+    keep_last: int = Field(2, ge=2)
+    """Newest checkpoints that stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of it stay for good."""
+    keep_best: str | None = None
+    """A figure of the validation, such as `loss` or `text`: the checkpoint where it was lowest stays too."""
+    upload: str | None = None
+    """`s3://bucket/prefix` that finished checkpoints are copied to, and come back from where there is none here."""
+    resume: Literal["auto", "always"] | PositiveInt = "auto"
+    """`auto`: from the newest good checkpoint, from the start where there never was one. `always`: it is an error if
+    there is none. A number: from the checkpoint of that step; later ones are removed."""
+    hang_timeout: PositiveFloat = 600.0
+    """Seconds without a sign of life after which a job ends."""
+    startup_timeout: PositiveFloat = 1800.0
+    """The same before the first step is done, when blocks may be compiled."""
+    straggler_factor: float = Field(1.3, gt=1)
+    """A rank that needs so many times the median for its part of a step is named in the log."""
+    gc_every: PositiveInt = 1000
+    """Steps between collections of Python's garbage, which all ranks do at the same step and never in between."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step that torch's profiler traces."""
+    wandb: str | None = None
+    """A Weights & Biases project that the metrics go to as well."""
+
+    @property
+    def decay(self) -> int:
+        """Steps over which `wsd` decays."""
+        return self.decay_steps or max(1, self.steps // 5)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        micro = self.micro_batch or max(1, self.global_batch // self.ranks)
+        fixed = self.micro_batch if isinstance(self.micro_batch, int) else None
+        micro = fixed or (max(1, self.global_batch // self.ranks) if self.micro_batch is None else 1)
         if self.global_batch % (micro * self.ranks):
             raise ValueError(
                 f"global_batch {self.global_batch} must be a multiple of ranks × micro_batch = {self.ranks} × {micro}"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        if self.schedule == "wsd" and self.warmup_steps + self.decay > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} + decay_steps {self.decay} must be at most steps {self.steps}"
+            )
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)} must name the first step before the last")
+        if self.upload is not None and not self.upload.startswith("s3://"):
+            raise ValueError(f"upload {self.upload!r} must start with s3://")
         return self
 
 

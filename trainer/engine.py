@@ -1,24 +1,21 @@
-"""The one seam to DeepSpeed: configuration, process group, training step, weights and checkpoints.
+"""The seam to DeepSpeed: process group, training step, collectives. `trainer.fragments` is its other half, for state.
 
-DeepSpeed is imported here and nowhere else.
+DeepSpeed is imported in these two and nowhere else.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 import ds_configs
 from model.config import ExecutionConfig
@@ -26,18 +23,22 @@ from model.dropping import Dropped
 from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
+from trainer.deepspeed_settings import deepspeed_config
+from trainer.fragments import Fragment, fragments, replicated, set_updates, updates
+from trainer.optimizer import AVERAGE, AdamW
+from trainer.spikes import SpikeGuard
 
 log = logging.getLogger(__name__)
 
 MicroBatch = Batch | list[Batch]
 """Windows of one length together, or windows to be packed, each a batch of one."""
 
-TIMEOUT = timedelta(minutes=10)
-"""A collective that takes longer has lost a rank: the job ends rather than hangs."""
 
+def start_process_group(timeout: float = 600.0) -> None:
+    """Joins the ranks the launcher started, over NCCL where there are GPUs and gloo elsewhere.
 
-def start_process_group() -> None:
-    """Joins the ranks the launcher started, over NCCL where there are GPUs and gloo elsewhere."""
+    A collective that takes longer than `timeout` seconds has lost a rank: the job ends rather than hangs.
+    """
     # The deepspeed launcher sets LOCAL_SIZE; mosaicml-streaming reads LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))
     # DeepSpeed would compile a shared-memory all-reduce first, a minute on a small machine, that inference alone uses.
@@ -45,42 +46,13 @@ def start_process_group() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False
+    )
 
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed file a recipe names, with what the recipe decides filled in."""
-    micro_batch = config.micro_batch or config.global_batch // world_size
-    return {
-        **ds_configs.read(config.zero),
-        "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.global_batch // (micro_batch * world_size),
-        "gradient_clipping": config.clip,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": 1_000_000_000,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.learning_rate,
-                "betas": list(config.betas),
-                "eps": 1e-8,
-                "torch_adam": not torch.cuda.is_available(),  # the fused CPU op would be compiled first
-            },
-        },
-    }
-
-
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """Share of the learning rate at `step` (from 0): linear warm-up, then a half cosine to the final share."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    return config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def execution(config: TrainConfig) -> ExecutionConfig:
@@ -105,17 +77,18 @@ class Engine:
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
         settings = deepspeed_config(config, self.world_size)
+        # The optimizer clips: DeepSpeed would wait for the device each step to look at the norm.
+        settings["gradient_clipping"] = 0.0
         self.micro_batch: int = settings["train_micro_batch_size_per_gpu"]
         self.accumulation: int = settings["gradient_accumulation_steps"]
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(
-                model, model.config.transformer, config.learning_rate, config.weight_decay
-            ),
-            config=settings,
-            lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: learning_rate_factor(config, step)),
-        )
-
+        groups = parameter_groups(model, model.config.transformer, config.learning_rate, config.weight_decay)
+        self._optimizer = AdamW(groups, config.learning_rate, config.betas, config.clip, config.ema_decay, device())
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        if not replicated(self._engine):
+            self._optimizer.norm = lambda: torch.as_tensor(self._engine.optimizer._global_grad_norm)
+        # Decisions travel over gloo, beside whatever the devices are doing.
+        self._control = dist.new_group(backend="gloo")
         self.module.configure(execution(config))
 
     @property
@@ -127,27 +100,43 @@ class Engine:
         return self._engine.device
 
     @property
-    def learning_rate(self) -> float:
-        return max(self._engine.get_lr())  # with μP wide matrices have a lower one
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self._optimizer.average_decay is not None
+
+    def set_learning_rate(self, factor: float) -> float:
+        """Lets the next step learn at `factor` of the recipe's rates; returns the highest (μP has lower ones too)."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        return max(self._rates) * factor
 
     def gradient_norm(self) -> float:
-        """Norm of the last step's gradient before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        """Norm of the last step's gradient before clipping; infinite where that was not finite."""
+        norm = float(self._optimizer.last_norm)
+        return norm if norm >= 0 else float("inf")
 
-    def train_step(self, micro_batches: list[tuple[MicroBatch, Dropped | list[Dropped]]]) -> Tensor:
+    def train_step(
+        self, micro_batches: list[tuple[MicroBatch, Dropped | list[Dropped]]], guard: SpikeGuard | None = None
+    ) -> Tensor:
         """One optimizer step over `accumulation` pairs of a micro batch and what it does without.
 
-        What is minimised is the mean over all codes of the step, those of all micro batches and ranks. Returns this
-        rank's part of it for each quantizer, still on the device: the mean over the ranks is that mean.
+        What is minimised is the mean over all codes of the step, those of all micro batches and ranks. Returns that
+        mean for each quantizer, still on the device. A step whose loss `guard` finds bad, or whose gradient is not
+        finite, leaves the weights and the optimizer's state as they are.
         """
         total = torch.zeros(len(self.module.quantizers), device=self._engine.device)
         weights = self.weights([batch for batch, _ in micro_batches])
-        for (batch, dropped), weight in zip(micro_batches, weights, strict=True):
+        for number, ((batch, dropped), weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
             losses = self._engine(batch, dropped) * weight
             self._engine.backward(losses.mean())
-            self._engine.step()
             total += losses.detach()
-        return total / len(micro_batches)
+            if number == len(micro_batches):
+                total = self.mean(total / len(micro_batches))
+                self._optimizer.judge(guard.judge(total.mean()) if guard else torch.zeros_like(total[0]))
+            self._engine.step()
+        if guard:
+            guard.record(total.mean(), self._optimizer.skipped)
+        return total
 
     def weights(self, batches: Sequence[MicroBatch]) -> Tensor:
         """What each of `batches` counts for, `[batches]`, with a mean of 1 over all ranks, which have equally many.
@@ -167,40 +156,61 @@ class Engine:
             return self._engine(batch)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over the ranks."""
+        """The mean of `value` over the ranks, on the device."""
         value = value.detach().float().clone()
         dist.all_reduce(value)
         return value / self.world_size
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank; every rank learns the same answer."""
-        value = torch.tensor([int(flag)], dtype=torch.int32, device=self._engine.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return bool(value.item())
+    def most(self, *values: int) -> list[int]:
+        """The largest of each of `values` over the ranks, the same on all of them."""
+        box = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self._control)
+        return box.tolist()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, device=self._engine.device)
+        dist.broadcast_object_list(box, group=self._control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._control)
+        return box
+
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(group=self._control)
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole fp32 value of every parameter, gathered one at a time. All ranks must iterate."""
+    def full_weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole fp32 value of every parameter, or of its average, gathered one at a time to the host.
+
+        All ranks must iterate.
+        """
+        if replicated(self._engine):
+            key = AVERAGE if average else "weights"
+            for fragment in fragments(self._engine, self._optimizer):
+                shape = self.module.get_parameter(fragment.name).shape
+                yield fragment.name, fragment.tensors[key].view(shape).cpu().clone()
+            return
         for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            # Without ZeRO and in fp32 the parameter itself is the master copy.
-            yield name, (parameter if full is None else full).detach().float().cpu().clone()
+            full = safe_get_full_optimizer_state(parameter, AVERAGE) if average else safe_get_full_fp32_param(parameter)
+            yield name, full.detach().float().cpu().clone()
 
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Writes every rank's share of weights and optimizer under `folder`. All ranks must call it."""
-        self._engine.save_checkpoint(str(folder), tag="engine", client_state=client_state, save_latest=False)
+    def held(self) -> Iterator[Fragment]:
+        """What this rank is to write of the weights and the optimizer's state: together the ranks write all, once."""
+        for fragment in fragments(self._engine, self._optimizer):
+            yield fragment.share(self.rank, self.world_size) if replicated(self._engine) else fragment
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Takes back what `save` wrote and returns its client state. The folder's digests must have been checked."""
-        path, client_state = self._engine.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-        return client_state
+    def needed(self) -> Iterator[Fragment]:
+        """What this rank needs of them, to be filled in. All ranks must iterate to the end."""
+        return fragments(self._engine, self._optimizer, change=True)
+
+    @property
+    def updates(self) -> int:
+        """How often the weights were changed."""
+        return updates(self._optimizer)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        set_updates(self._optimizer, count)

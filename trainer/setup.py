@@ -35,6 +35,16 @@ class StageSetup:
     captions: bool
     """Whether the corpus has captions, whose tokens may stand in for the audio's."""
     fingerprint: str
+    tokens_fingerprint: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must have been made with to be gone on from, in words that an error uses."""
+        return {
+            "architecture": artifact.fingerprint(self.config.model.model_dump(mode="json")),
+            "tokens artifact": self.tokens_fingerprint,
+            "recipe": self.fingerprint,
+        }
 
     @property
     def folder(self) -> Path:
@@ -64,7 +74,7 @@ class StageSetup:
             raise UserError(f"{run / 'recipe.yaml'} does not describe stage {stage!r}: {error}") from None
         tokens = artifact.read(run / "tokens", "tokens")
         fields = {name: TokenField.from_json(value) for name, value in tokens.info["fields"].items()}
-        return cls(run, stage, config, recipe["seed"], fields, tokens.info["captions"], fingerprint)
+        return cls(run, stage, config, recipe["seed"], fields, tokens.info["captions"], fingerprint, tokens.fingerprint)
 
     def build_model(self) -> StageTransformer:
         """The stage with fresh weights, the same on every rank, and the quantizers' centroids in place."""

@@ -66,7 +66,7 @@ def test_a_changed_key_changes_what_depends_on_it_and_nothing_else(overrides, ex
         "stage_defaults.train.log_every=3",
         "stage_defaults.train.validate_every=3",
         "stage_defaults.train.checkpoint_every=3",
-        "stage_defaults.train.keep_checkpoints=3",
+        "stage_defaults.train.keep_last=3",
     ],
 )
 def test_where_and_how_often_changes_nothing(override):

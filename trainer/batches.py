@@ -1,0 +1,87 @@
+"""The windows of each optimizer step of one rank, on its device, and how long it had to wait for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from data.windows import DRAW, WindowLoader, window_loader
+from model.dropping import Dropped, draw_dropped
+from model.stage import Batch, StageTransformer
+from trainer.engine import MicroBatch, predicted_frames
+from trainer.setup import StageSetup
+
+
+def open_loader(setup: StageSetup, split: str, micro_batch: int, text_probability: float) -> WindowLoader:
+    """The windows of one split, each rank's own: shuffled for `train`, as they lie for the others."""
+    train, shuffle = setup.config.train, split == "train"
+    return window_loader(
+        setup.tokens,
+        split,
+        setup.fields_used,
+        setup.config.model.window_seconds,
+        batch=micro_batch,
+        seed=setup.seed,
+        global_batch=train.global_batch if shuffle else None,
+        text_probability=text_probability,
+        workers=train.workers if shuffle else 0,
+        shuffle=shuffle,
+        packed=train.packing,
+    )
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    def moved(window: Batch) -> Batch:
+        return {name: codes.to(device, non_blocking=True) for name, codes in window.items()}
+
+    return [moved(window) for window in batch] if isinstance(batch, list) else moved(batch)
+
+
+class TrainingBatches:
+    """Micro batches without end, epoch after epoch, with what their windows do without.
+
+    What is dropped is a pure function of (seed, epoch, clip), so the place in the data is all there is to save.
+    """
+
+    def __init__(self, setup: StageSetup, model: StageTransformer, micro_batch: int, device: torch.device) -> None:
+        text_probability = setup.config.train.text_probability if setup.captions else 0.0
+        self.loader = open_loader(setup, "train", micro_batch, text_probability)
+        self.model = model
+        self.device = device
+        self.waited = 0.0
+        """Seconds spent here so far: reading, cutting, and waiting for loader processes."""
+        self.frames = 0
+        """Frames of the predicted field that this rank has taken so far."""
+        self._batches: Iterator[MicroBatch] | None = None
+
+    def take(self, count: int) -> list[tuple[MicroBatch, Dropped | list[Dropped]]]:
+        """The next `count` micro batches. All ranks must call it."""
+        started = time.monotonic()
+        if self._batches is None:
+            self._batches = self._endless()
+        taken = [self._with_dropped(next(self._batches)) for _ in range(count)]
+        self.waited += time.monotonic() - started
+        return taken
+
+    def _endless(self) -> Iterator[MicroBatch]:
+        while True:
+            yield from self.loader
+
+    def _with_dropped(self, batch: MicroBatch) -> tuple[MicroBatch, Dropped | list[Dropped]]:
+        self.frames += predicted_frames(batch, self.model.config.field)
+        dropped = [self._dropped(window) for window in batch] if isinstance(batch, list) else self._dropped(batch)
+        return to_device(batch, self.device), dropped
+
+    def _dropped(self, window: Batch) -> Dropped:
+        _, frames, quantizers = self.model.own_codes(window).shape
+        self.model.check(window, frames)  # while the codes are in host memory
+        return draw_dropped(self.model.config, window[DRAW], frames, quantizers).to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)

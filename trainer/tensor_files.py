@@ -1,0 +1,87 @@
+"""Files of tensors, in the safetensors format: written straight from memory, read back slice by slice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model import artifact
+
+DTYPES = {"torch.float32": "F32", "torch.uint8": "U8", "torch.int64": "I64", "torch.float64": "F64"}
+BLOCK_BYTES = 16 << 20
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes CPU tensors, syncs the file and reads it back; returns its size and SHA-256 as a manifest has them.
+
+    The safetensors package first copies everything into one string and holds Python's lock meanwhile, which would stop
+    a training that goes on beside this. Raises OSError, also where the disk does not give back what it was given.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *_blocks(tensors.values())):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        with contextlib.suppress(AttributeError):  # macOS has none
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk
+    if artifact.file_digest(path) != digest.hexdigest():
+        raise OSError(f"{path} reads back as something else than was written: the disk is not to be trusted.")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _blocks(tensors: Iterable[Tensor]) -> Iterable[Any]:
+    for tensor in tensors:
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+
+
+def slice_name(kind: str, name: str, start: int) -> str:
+    """What elements from `start` of the flattened tensor `name` are called in a file, `kind` saying what of it."""
+    return f"{kind}/{name}/{start}"
+
+
+class SlicedTensors:
+    """Flattened tensors whose slices lie in several files, whoever wrote which. Only what is asked for is read."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._slices: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        for file in self._files:
+            for key in file.keys():  # noqa: SIM118 (it is not a mapping)
+                kind, _, rest = key.partition("/")
+                name, _, start = rest.rpartition("/")
+                count = file.get_slice(key).get_shape()[0]
+                self._slices[kind, name].append((int(start), count, file, key))
+        for slices in self._slices.values():
+            slices.sort(key=lambda part: part[0])
+
+    def read(self, kind: str, name: str, start: int, target: Tensor) -> None:
+        """Fills `target` `[count]` with the elements from `start`. Raises KeyError where some are in no file."""
+        filled = 0
+        for first, count, file, key in self._slices[kind, name]:
+            low, high = max(first, start), min(first + count, start + len(target))
+            if low < high and low == start + filled:
+                target[low - start : high - start].copy_(file.get_slice(key)[low - first : high - first])
+                filled = high - start
+        if filled < len(target):
+            raise KeyError(f"elements {start + filled} to {start + len(target)} of {kind} {name!r} are in no file")
