@@ -3,24 +3,119 @@ DeepSpeed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ds_configs
+from model.errors import UserError
 from trainer.config import TrainConfig
 
+NEVER = 1_000_000_000
+OFFLOADS = ("offload_optimizer", "offload_param")
+BF16_CAPABILITY = 8
+"""CUDA compute capability (Ampere) from which on GPUs have bf16."""
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed file a recipe names, with what the recipe decides filled in."""
-    micro_batch = config.micro_batch or config.global_batch // world_size
+
+def deepspeed_config(config: TrainConfig, world_size: int, swap_folder: Path | None = None) -> dict[str, Any]:
+    """The DeepSpeed file a recipe names, with what the recipe decides filled in for `world_size` ranks.
+
+    What an NVMe file moves out of memory lies in `swap_folder` where the file names no folder. Raises UserError as
+    `check_deepspeed` does, and where no folder is known.
+    """
+    check_deepspeed(config, world_size)
+    settings = ds_configs.read(config.zero)
+    _fill_offload(settings["zero_optimization"], config, swap_folder)
+    micro_batch = _micro_batch(config, world_size)
     return {
-        **ds_configs.read(config.zero),
+        **settings,
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.global_batch // (micro_batch * world_size),
-        "gradient_clipping": config.clip,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": 1_000_000_000,
-        # The optimizer is ours and handed over as an object: no `optimizer` section.
+        # The optimizer clips, and leaves out what is not finite: DeepSpeed would wait for the device to look at it.
+        "gradient_clipping": 0.0,
+        "bf16": {"check_grad_overflow": False, **settings.get("bf16", {}), "enabled": config.precision == "bf16"},
+        "steps_per_print": NEVER,
+        # The optimizer is ours and handed over as an object, for offloaded weights too.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def check_deepspeed(config: TrainConfig, world_size: int) -> None:
+    """Raises UserError where the DeepSpeed file is not sound, or says something else than the recipe, or the batch does
+    not divide over `world_size` ranks."""
+    settings = ds_configs.read(config.zero)
+    for key, value, decided, origin in _decided(settings, config, world_size):
+        if value not in (None, decided):
+            raise UserError(
+                f"{config.zero}: {key} is {_json(value)}, but the recipe says {_json(decided)} by {origin}: "
+                "change one of them, or remove the key from the file."
+            )
+    ranks = world_size * _micro_batch(config, world_size)
+    if config.global_batch % ranks:
+        raise UserError(
+            f"train.global_batch {config.global_batch} does not divide over {world_size} ranks with "
+            f"{ranks // world_size} windows each: make it a multiple of {ranks}, or change train.micro_batch."
+        )
+    needed = _swap_buffers(config)
+    offload = settings["zero_optimization"].get("offload_optimizer", {})
+    if offload.get("device") == "nvme" and offload.get("buffer_count", needed) < needed:
+        raise UserError(
+            f"{config.zero}: zero_optimization.offload_optimizer.buffer_count is {offload['buffer_count']}: "
+            f"this recipe needs {needed}, one each for the weights, the gradient and all that the optimizer keeps."
+        )
+
+
+def check_precision(config: TrainConfig, capability: tuple[int, int] | None) -> None:
+    """Raises UserError where a GPU of that CUDA compute capability has no bf16 to train in; a CPU (None) has."""
+    if config.precision == "bf16" and capability is not None and capability[0] < BF16_CAPABILITY:
+        raise UserError(
+            f"train.precision is bf16, which a GPU of compute capability {capability[0]}.{capability[1]} does not have "
+            f"({BF16_CAPABILITY}.0 and later do): set train.precision=fp32."
+        )
+
+
+def _decided(settings: dict[str, Any], config: TrainConfig, world_size: int) -> Iterator[tuple[str, Any, Any, str]]:
+    """Key, value in the file (None: not said), value by the recipe, and the recipe's keys that decide it."""
+    automatic = config.micro_batch == "auto"
+    micro_batch = _micro_batch(config, world_size)
+    accumulation = config.global_batch // (micro_batch * world_size)
+    for key, decided, origin in [
+        ("train_batch_size", config.global_batch, "train.global_batch"),
+        ("train_micro_batch_size_per_gpu", "auto" if automatic else micro_batch, "train.micro_batch"),
+        ("gradient_accumulation_steps", "auto" if automatic else accumulation, "train.global_batch and micro_batch"),
+        ("gradient_clipping", config.clip, "train.clip"),
+        ("steps_per_print", config.log_every, "train.log_every"),
+    ]:
+        yield key, settings.get(key), decided, origin
+    yield "bf16.enabled", settings.get("bf16", {}).get("enabled"), config.precision == "bf16", "train.precision"
+
+
+def _micro_batch(config: TrainConfig, world_size: int) -> int:
+    """Windows a rank and forward pass; 1 as long as it is to be found out."""
+    if config.micro_batch == "auto":
+        return 1
+    return config.micro_batch or max(1, config.global_batch // world_size)
+
+
+def _fill_offload(zero: dict[str, Any], config: TrainConfig, swap_folder: Path | None) -> None:
+    for name in OFFLOADS:
+        section = zero.get(name, {})
+        if section.get("device") != "nvme":
+            continue
+        if "nvme_path" not in section:
+            if swap_folder is None:
+                raise UserError(f"{config.zero}: zero_optimization.{name}.nvme_path is missing: name a folder.")
+            section["nvme_path"] = str(swap_folder)
+        if name == "offload_optimizer":
+            section.setdefault("buffer_count", _swap_buffers(config))
+
+
+def _swap_buffers(config: TrainConfig) -> int:
+    """Buffers for one piece of the weights: itself, its gradient, two moments, and the average where one is kept."""
+    return 4 if config.ema_decay is None else 5
+
+
+def _json(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
