@@ -35,6 +35,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
+	tests/setup_libaio.sh $(BIN)/python
 	$(BIN)/pytest -m 'not faults'
 
 faults: $(INSTALLED)

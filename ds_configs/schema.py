@@ -17,10 +17,10 @@ NOT_HERE = "it does not go with Stretto's optimizer and checkpoints; remove it"
 REFUSED: dict[str, str] = {
     "optimizer": TRAINER.format("train.learning_rate, train.betas and train.weight_decay"),
     "scheduler": TRAINER.format("train.schedule and train.warmup_steps"),
-    **dict.fromkeys(["fp16", "bfloat16", "amp", "torch_autocast"], TRAINER.format("train.precision (bf16 or fp32)")),
+    **dict.fromkeys(["fp16", "bfloat16", "torch_autocast"], TRAINER.format("train.precision (bf16 or fp32)")),
     "bf16.bf16_master_weights_and_grads": NOT_HERE,
     "bf16.bf16_optimizer_states": NOT_HERE,
-    **dict.fromkeys(["checkpoint", "nebula", "datastates_ckpt"], TRAINER.format("train.checkpoint_every")),
+    **dict.fromkeys(["checkpoint", "datastates_ckpt"], TRAINER.format("train.checkpoint_every")),
     **dict.fromkeys(["tensorboard", "csv_monitor", "comet"], "Stretto writes metrics itself; remove it"),
     "wandb": TRAINER.format("train.wandb"),
     **dict.fromkeys(
@@ -36,14 +36,11 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         [
             "autotuning",
-            "compression_training",
             "disable_allgather",
             "expert_parallel",
             "hybrid_engine",
             "pipeline",
-            "quantize_training",
             "seq_parallel_communication_data_type",
-            "sparse_gradients",
             "tensor_parallel",
             "use_data_before_expert_parallelism",
             "vocabulary_size",

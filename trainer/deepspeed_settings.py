@@ -49,7 +49,7 @@ def check_deepspeed(config: TrainConfig, world_size: int) -> None:
     for key, value, decided, origin in _decided(settings, config, world_size):
         if value not in (None, decided):
             raise UserError(
-                f"{config.zero}: {key} is {_json(value)}, but the recipe says {_json(decided)} by {origin}: "
+                f"{config.zero}: {key} is {_json(value)}, but the recipe says {_json(decided)} ({origin}): "
                 "change one of them, or remove the key from the file."
             )
     ranks = world_size * _micro_batch(config, world_size)
@@ -84,7 +84,11 @@ def _decided(settings: dict[str, Any], config: TrainConfig, world_size: int) -> 
     for key, decided, origin in [
         ("train_batch_size", config.global_batch, "train.global_batch"),
         ("train_micro_batch_size_per_gpu", "auto" if automatic else micro_batch, "train.micro_batch"),
-        ("gradient_accumulation_steps", "auto" if automatic else accumulation, "train.global_batch and micro_batch"),
+        (
+            "gradient_accumulation_steps",
+            "auto" if automatic else accumulation,
+            "train.global_batch and train.micro_batch",
+        ),
         ("gradient_clipping", config.clip, "train.clip"),
         ("steps_per_print", config.log_every, "train.log_every"),
     ]:
