@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -79,12 +80,25 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Say what a recipe would run where, and what it costs."""
-    from launcher.plan import print_plan
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of each stage; the recipe's ranks when not given.")] = None,
+    gpu: Annotated[str, typer.Option(help="Which: h100, h200, a100, a100-40gb, l40s, rtx-4090, mi300x ...")] = "h100",
+    mfu: Annotated[float, typer.Option(help="Share of its peak that training reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False,
+) -> None:
+    """Say what a recipe would run where, what it costs, and which ZeRO choice to take."""
+    from launcher.plan import Cluster, plan_json
+    from launcher.plan_tables import print_plan
     from launcher.recipe import load_recipe
 
-    print_plan(load_recipe(recipe, overrides or []), Console())
+    cluster = Cluster.of(gpu, gpus, mfu)
+    loaded = load_recipe(recipe, overrides or [])
+    if as_json:
+        print(json.dumps(plan_json(loaded, cluster), indent=2))
+    else:
+        print_plan(loaded, cluster, Console())
 
 
 @app.command()

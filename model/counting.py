@@ -155,15 +155,18 @@ def count_stage(
     )
 
 
-def activation_bytes(config: StageModelConfig, fields: Mapping[str, TokenField]) -> int:
-    """Bytes that the forward pass of one window keeps for the backward pass, in bf16 and without recomputation.
+def activation_bytes(config: StageModelConfig, fields: Mapping[str, TokenField], recompute: str = "none") -> int:
+    """Bytes that the forward pass of one window keeps for the backward pass, in bf16.
 
     For each position and layer: the inputs of both norms and what they give (4 × dim), queries, keys and values and,
     where they are normed, again (3 to 5 × dim), the output of attention (dim) and four tensors of the SwiGLU (4 × its
-    width); then the logits in bf16 and in fp32. An estimate: kernels that fuse keep less.
+    width). With `recompute` the blocks keep their input alone (`block`), or with it the results of matrix products and
+    of attention (`selective`), and one block at a time has all. Then two hidden states, of which the loss makes its
+    logits. An estimate: kernels that fuse keep less.
     """
-    transformer, field = config.transformer, fields[config.field]
-    positions = prefix_positions(config, fields) + step_positions(config, fields)
-    tokens = field.frames(config.window_seconds) * len(quantizers_used(config, fields))
-    per_layer = (10 if transformer.qk_norm else 8) * transformer.dim + 4 * ffn_width(transformer)
-    return positions * transformer.layers * per_layer * 2 + tokens * field.codebook_size * (2 + 4)
+    transformer = config.transformer
+    dim, ffn = transformer.dim, ffn_width(transformer)
+    whole = (10 if transformer.qk_norm else 8) * dim + 4 * ffn
+    kept = {"none": whole, "block": dim, "selective": 7 * dim + 2 * ffn}[recompute]
+    layers = transformer.layers * kept + (whole if recompute != "none" else 0)
+    return 2 * (prefix_positions(config, fields) + step_positions(config, fields)) * (layers + 2 * dim)
