@@ -64,9 +64,7 @@ def check_shards(tokens: Path, rank: int, world_size: int) -> list[str]:
     Each rank digests every `world_size`-th file, so all ranks together read each file once; the reader must bring
     their findings together. Raises UserError where `tokens` is no artifact.
     """
-    found = artifact.read(tokens, "tokens")
-    share = sorted(found.manifest["files"].items())[rank::world_size]
-    return artifact.problems(artifact.Artifact(tokens, {**found.manifest, "files": dict(share)}))
+    return artifact.problems(artifact.read(tokens, "tokens"), share=(rank, world_size))
 
 
 class Shards(StreamingDataset):

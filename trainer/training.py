@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from data.shards import check_shards
 from model import artifact
 from model.errors import UserError
 from trainer.batches import TrainingBatches
@@ -18,7 +19,7 @@ from trainer.callback import Callback
 from trainer.checkpoint import Checkpointer
 from trainer.engine import Engine
 from trainer.metrics import Metrics
-from trainer.metrics_reader import last_metrics
+from trainer.metrics_reader import METRICS, last_metrics
 from trainer.schedule import Schedule
 from trainer.setup import KIND, WEIGHTS, StageSetup
 from trainer.spikes import SpikeGuard
@@ -37,8 +38,18 @@ class Diverged(Exception):
 def callbacks(setup: StageSetup, engine: Engine) -> list[Callback]:
     """What hangs on the loop of every training, in the order in which it is called."""
     from trainer.evaluation import Evaluation
+    from trainer.garbage import GarbageCollection
+    from trainer.profiling import Profiling
 
-    return [Evaluation(setup, engine)]
+    return [Evaluation(setup, engine), Profiling(setup, engine), GarbageCollection()]
+
+
+def check_tokens(setup: StageSetup, engine: Engine) -> None:
+    """Raises the same UserError on all ranks where a token shard is not what its manifest says; they share the work."""
+    problems = engine.gather(check_shards(setup.tokens, engine.rank, engine.world_size))
+    wrong = [problem for part in problems for problem in part]
+    if wrong:
+        raise UserError(f"the token shards are damaged: {'; '.join(wrong)}.\n`stretto run` makes them anew.")
 
 
 class Training:
@@ -48,6 +59,7 @@ class Training:
         self.setup = setup
         self.config = setup.config.train
         self.engine = engine
+        check_tokens(setup, engine)
         self.data = TrainingBatches(setup, engine.module, engine.micro_batch, engine.device)
         self.schedule = Schedule(self.config)
         self.guard = SpikeGuard(self.config.spike_threshold, engine.device)
@@ -57,7 +69,9 @@ class Training:
         self.step = 0
         self.learning_rate = 0.0
         self.consumed = {"windows": 0, "tokens": 0}
-        """By all ranks since step 0."""
+        """By all ranks since step 0, when it was last counted."""
+        self._consumed_before = self.consumed
+        """By earlier processes."""
         self.validation: dict[str, Any] = {}
         """Figures of the last one."""
         self.elsewhere = 0.0
@@ -85,6 +99,14 @@ class Training:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
         return every is not None and (self.step % every == 0 or self.step == self.config.steps)
 
+    def count(self) -> None:
+        """Brings `consumed` up to date. All ranks must call it."""
+        taken = self.data.windows
+        frames = sum(number * length for length, number in taken.items())
+        since = self.engine.sum(taken.total(), frames * len(self.engine.module.quantizers))
+        before = self._consumed_before
+        self.consumed = {name: before[name] + more for name, more in zip(before, since, strict=True)}
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """What is done in it does not count as training time."""
@@ -101,7 +123,7 @@ class Training:
     def _start(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._stop)
-        self.checkpoints.clear_partial()
+        self.checkpoints.open()
         step = self.checkpoints.choose()
         if step is None:
             self._check_never_saved()
@@ -114,7 +136,7 @@ class Training:
 
     def _check_never_saved(self) -> None:
         """Raises UserError where this stage has saved before: starting over would throw that away unasked."""
-        before = last_metrics(self.setup.folder / "metrics.jsonl", "checkpoint")
+        before = last_metrics(self.setup.folder / METRICS, "checkpoint")
         if before is not None:
             raise UserError(
                 f"{self.checkpoints.folder} is empty, but this stage has saved step {before['step']} there. "
@@ -155,6 +177,7 @@ class Training:
 
     def _save(self) -> None:
         with self.aside():
+            self.count()
             info = {
                 "config": self.setup.config.model_dump(mode="json"),
                 "consumed": self.consumed,
@@ -184,7 +207,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.engine.updates = state["updates"]
-        self.consumed = state["consumed"]
+        self.consumed = self._consumed_before = state["consumed"]
         self.data.load_state_dict(state["data"])
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["spikes"])

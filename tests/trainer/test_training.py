@@ -13,73 +13,16 @@ import time
 import numpy as np
 import pytest
 import torch
-import yaml
 from helpers import FIELDS, ROOT, coarse_config, free_port, quantizers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from training_runs import STEPS, make_run, record, rows, weights_digest
 
-from data.shards import write_records
 from model import artifact
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
 from model.stage import build_stage
-from trainer.config import StageConfig, TrainConfig
 from trainer.metrics_reader import read_metrics
 
-SECONDS = 4.0
-STEPS = 60
 TIMEOUT = 180
-
-
-def record(index: int, seconds: float = SECONDS) -> dict:
-    """A clip whose acoustic codes follow from its semantic codes, and those from its conditioning."""
-    random = np.random.default_rng(index)
-    conditioning = random.integers(4, size=(1, 4))
-    semantic = (np.arange(round(seconds * 10)) + conditioning[0, 0]) % 8
-    acoustic = np.repeat(semantic, 2)[:, None] + np.arange(4)
-    return {
-        "id": f"clip-{index}",
-        "captions": '["a tune"]',
-        "conditioning": conditioning.astype(np.uint16),
-        "semantic": semantic[:, None].astype(np.uint16),
-        "acoustic": acoustic.astype(np.uint16),
-        "text_conditioning": conditioning.astype(np.uint16),
-    }
-
-
-SCHEDULE = {
-    "steps": STEPS,
-    "global_batch": 8,
-    "learning_rate": 1e-2,
-    "warmup_steps": 4,
-    "log_every": 6,
-    "validate_every": 30,
-    "checkpoint_every": 16,
-}
-
-
-def make_run(folder, model=None, lengths=(SECONDS,), **train):
-    """A run folder that is ready to train its coarse stage, with the keys `model` and `train` changed, on clips that go
-    round `lengths` (seconds)."""
-    config = StageConfig(
-        model=coarse_config(pattern="delay", **(model or {})), train=TrainConfig(**{**SCHEDULE, **train})
-    )
-    recipe = {"name": "test", "seed": 1, "stages": {"coarse": config.model_dump(mode="json")}}
-    (folder / "coarse").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "coarse" / "stage.json").write_text('{"fingerprint": "0123456789abcdef"}')
-    with artifact.create(folder / "quantizers", "quantizers", "q") as (path, _):
-        save_file(quantizers(), path / "quantizers.safetensors")
-    with artifact.create(folder / "tokens", "tokens", "t") as (path, info):
-        for split, first, count in (("train", 0, 50), ("validation", 100, 10)):
-            numbers = range(first, first + count)
-            write_records(path / split, (record(index, lengths[index % len(lengths)]) for index in numbers))
-        info |= {
-            "fields": {name: field.to_json() for name, field in FIELDS.items()},
-            "clip_seconds": SECONDS,
-            "hop_seconds": 5.0,
-            "embedding_seconds": 5.0,
-            "captions": True,
-        }
-    return folder
 
 
 def start(run, ranks=2):
@@ -123,14 +66,6 @@ def interrupt(run, step, number):
         process.send_signal(number)
     assert finish(run, process) != 0
     assert not (run / "coarse" / artifact.MANIFEST).exists()
-
-
-def weights_digest(run):
-    return artifact.file_digest(run / "coarse" / "model.safetensors")
-
-
-def rows(run, kind):
-    return [row for row in read_metrics(run / "coarse" / "metrics.jsonl") if row["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
