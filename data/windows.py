@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ class WindowLoader:
             num_workers=workers,
             collate_fn=_apart if packed else _stacked,
             persistent_workers=workers > 0,
+            worker_init_fn=_collect_garbage,
             multiprocessing_context="fork" if workers else None,  # the names of shared memory go with it
             generator=torch.Generator(),  # or else every epoch would draw from the training's random numbers
         )
@@ -171,6 +173,7 @@ def window_loader(
     workers: int = 0,
     shuffle: bool = True,
     packed: bool = False,
+    at_most: int | None = None,
 ) -> WindowLoader:
     """Windows of `window_seconds` of the token artifact `tokens`, `batch` for each rank at a time.
 
@@ -178,7 +181,8 @@ def window_loader(
     middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches of `global_batch` windows
     over all ranks, each rank's records its own, in a new order and with new crops each time; the rest is left out, and
     less than one of them is filled up by repeats. Without, every epoch is the same and all ranks get equally many
-    batches, for which some records come twice.
+    batches, for which some records come twice; of more than `at_most` windows over all ranks so many are taken, always
+    the same.
     With `packed` a batch is a list of windows, and a clip shorter than a window is one of its own length.
 
     Raises UserError when a window is longer than the clips, and ValueError for a `global_batch` that is missing with
@@ -207,9 +211,14 @@ def window_loader(
             raise ValueError(f"{ranks} ranks cannot share out a global batch of {global_batch} in batches of {batch}")
         records = max(1, count // global_batch) * global_batch
     else:
-        records = -(-count // ranks) * ranks
+        records = -(-min(count, at_most or count) // ranks) * ranks
     shards = Shards(tokens / split, cut, records=records, batch=batch, seed=seed, shuffle=shuffle)
     return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers, packed)
+
+
+def _collect_garbage(worker: int) -> None:
+    """The training, which a worker is a copy of, may have put garbage collection off."""
+    gc.enable()
 
 
 def _apart(windows: list[Window]) -> list[dict[str, Tensor]]:

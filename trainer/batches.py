@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from data.windows import DRAW, WindowLoader, window_loader
 from model.dropping import Dropped, draw_dropped
 from model.stage import Batch, StageTransformer
-from trainer.engine import MicroBatch, predicted_frames
+from trainer.engine import MicroBatch
 from trainer.setup import StageSetup
+from trainer.stopwatch import Stopwatch
 
 
 def open_loader(setup: StageSetup, split: str, micro_batch: int, text_probability: float) -> WindowLoader:
@@ -30,6 +31,7 @@ def open_loader(setup: StageSetup, split: str, micro_batch: int, text_probabilit
         workers=train.workers if shuffle else 0,
         shuffle=shuffle,
         packed=train.packing,
+        at_most=None if shuffle else train.validate_windows,
     )
 
 
@@ -51,27 +53,27 @@ class TrainingBatches:
         self.loader = open_loader(setup, "train", micro_batch, text_probability)
         self.model = model
         self.device = device
-        self.waited = 0.0
-        """Seconds spent here so far: reading, cutting, and waiting for loader processes."""
-        self.frames = 0
-        """Frames of the predicted field that this rank has taken so far."""
+        self.waited = Stopwatch(device)
+        """Time spent here: reading, cutting, waiting for loader processes; of a device that is busy meanwhile, none."""
+        self.windows: Counter[int] = Counter()
+        """How many windows this rank has taken so far, by their frames of the predicted field."""
         self._batches: Iterator[MicroBatch] | None = None
 
     def take(self, count: int) -> list[tuple[MicroBatch, Dropped | list[Dropped]]]:
         """The next `count` micro batches. All ranks must call it."""
-        started = time.monotonic()
         if self._batches is None:
             self._batches = self._endless()
-        taken = [self._with_dropped(next(self._batches)) for _ in range(count)]
-        self.waited += time.monotonic() - started
-        return taken
+        with self.waited.running():
+            return [self._with_dropped(next(self._batches)) for _ in range(count)]
 
     def _endless(self) -> Iterator[MicroBatch]:
         while True:
             yield from self.loader
 
     def _with_dropped(self, batch: MicroBatch) -> tuple[MicroBatch, Dropped | list[Dropped]]:
-        self.frames += predicted_frames(batch, self.model.config.field)
+        for window in batch if isinstance(batch, list) else [batch]:
+            number, frames = window[self.model.config.field].shape[:2]
+            self.windows[frames] += number
         dropped = [self._dropped(window) for window in batch] if isinstance(batch, list) else self._dropped(batch)
         return to_device(batch, self.device), dropped
 

@@ -27,6 +27,7 @@ from trainer.deepspeed_settings import deepspeed_config
 from trainer.fragments import Fragment, fragments, replicated, set_updates, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
+from trainer.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Engine:
         # Decisions travel over gloo, beside whatever the devices are doing.
         self._control = dist.new_group(backend="gloo")
         self.module.configure(execution(config))
+        self.forward_time = Stopwatch(self.device)
+        """Spent in the forward passes of training."""
 
     @property
     def module(self) -> StageTransformer:
@@ -127,7 +130,8 @@ class Engine:
         total = torch.zeros(len(self.module.quantizers), device=self._engine.device)
         weights = self.weights([batch for batch, _ in micro_batches])
         for number, ((batch, dropped), weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
-            losses = self._engine(batch, dropped) * weight
+            with self.forward_time.running():
+                losses = self._engine(batch, dropped) * weight
             self._engine.backward(losses.mean())
             total += losses.detach()
             if number == len(micro_batches):
@@ -165,6 +169,12 @@ class Engine:
         """The largest of each of `values` over the ranks, the same on all of them."""
         box = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self._control)
+        return box.tolist()
+
+    def sum(self, *values: int) -> list[int]:
+        """The sum of each of `values` over the ranks, the same on all of them."""
+        box = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(box, group=self._control)
         return box.tolist()
 
     def broadcast(self, value: Any) -> Any:

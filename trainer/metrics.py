@@ -1,128 +1,183 @@
-"""Where training writes its figures: `metrics.jsonl`, TensorBoard and the progress file."""
+"""The figures of training: how well it learns, how fast, what it waits for and which rank holds it up."""
 
 from __future__ import annotations
 
-import json
+import logging
+import socket
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+import ds_configs
 from data.progress import Progress
+from model.errors import UserError
 from trainer.callback import Callback
 from trainer.engine import Engine
+from trainer.flops import ModelFlops
+from trainer.metrics_writer import MetricsWriter, writers
 from trainer.setup import StageSetup
+from trainer.stragglers import Stragglers
+
+if TYPE_CHECKING:
+    from trainer.training import Training
+
+log = logging.getLogger(__name__)
 
 
-def scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row, nested names joined by slashes."""
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            yield from scalars({str(index): item for index, item in enumerate(value)}, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", float(value)
+@dataclass(frozen=True)
+class Totals:
+    """What has added up so far, on this rank but for the first two. Times in seconds."""
 
+    step: int
+    consumed: dict[str, int]
+    clock: float
+    aside: float
+    stall: float
+    waited: float
+    forward: float
+    windows: Counter[int]
 
-class MetricsWriter:
-    """Rank 0's record of a stage; rows of steps after `start` that an interrupted run left are dropped."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._drop_after(start)
-        self._file = self.path.open("a")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-
-    def _drop_after(self, start: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    kept.append(line)
-            except json.JSONDecodeError:  # the line a killed run did not finish
-                continue
-        self.path.write_text("".join(f"{line}\n" for line in kept))
-
-    def write(self, kind: str, step: int, **figures: Any) -> None:
-        """Appends one row; `step` counts finished optimizer steps."""
-        row = {"kind": kind, "step": step, "time": time.time(), **figures}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in scalars(figures):
-            self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        self.tensorboard.close()
+    @classmethod
+    def of(cls, training: Training) -> Totals:
+        """Waits for the device."""
+        return cls(
+            training.step,
+            dict(training.consumed),
+            time.monotonic(),
+            training.elsewhere,
+            training.checkpoints.stall,
+            training.data.waited.seconds(),
+            training.engine.forward_time.seconds(),
+            Counter(training.data.windows),
+        )
 
 
 class Metrics(Callback):
-    """Logs every `log_every` steps. All ranks take part, rank 0 writes."""
+    """Logs every `log_every` steps, and only then waits for the device. All ranks take part, rank 0 writes."""
 
     def __init__(self, setup: StageSetup, engine: Engine) -> None:
         self.setup = setup
         self.engine = engine
-        self.writer: MetricsWriter | None = None
+        self.flops = ModelFlops(engine.module, setup.config.train.precision, engine.device)
+        self.stragglers = Stragglers(setup.config.train.straggler_factor, engine.gather(socket.gethostname()))
+        self._waits_in_forward = ds_configs.zero_stage(setup.config.train.zero) == 3
+        self._writers: list[MetricsWriter] = []
         self._progress = Progress(setup.run / "progress" / f"{setup.stage}.json")
-        self._then = 0.0
-        self._step_then = 0
-        self._frames_then = 0
+        self._then: Totals
+        self._first = True
+        """Whether this process has written no row yet."""
 
-    def on_start(self, training: Any) -> None:
-        if self.engine.rank == 0:
-            self.writer = MetricsWriter(self.setup.folder, training.step)
+    def on_start(self, training: Training) -> None:
+        self._open(training.step)
+        if self.flops.peak is None:
+            log.info("mfu is left out: the peak FLOP/s of %s is not known", self.flops.device_name)
         self._show(training, {})
-        self._restart(training)
+        self._then = Totals.of(training)
 
-    def _restart(self, training: Any) -> None:
-        self._then = time.monotonic() - training.elsewhere
-        self._step_then, self._frames_then = training.step, training.data.frames
+    def _open(self, start: int) -> None:
+        """Raises the same UserError on all ranks where rank 0 cannot write somewhere."""
+        problem = None
+        if self.engine.rank == 0:
+            try:
+                self._writers = writers(self.setup, start)
+            except UserError as error:
+                problem = str(error)
+        problem = self.engine.broadcast(problem)
+        if problem:
+            raise UserError(problem)
 
-    def after_step(self, training: Any, losses: Tensor) -> None:
-        config = training.config
-        if not training.due(config.log_every):
+    def after_step(self, training: Training, losses: Tensor) -> None:
+        if not training.due(training.config.log_every):
             return
-        loss = float(losses.mean())
-        seconds = max(time.monotonic() - training.elsewhere - self._then, 1e-9)
-        steps = training.step - self._step_then
-        taken = torch.tensor(float(training.data.frames - self._frames_then), device=self.engine.device)
-        frames = float(self.engine.mean(taken)) * self.engine.world_size
-        self.write(
-            "train",
-            training.step,
-            loss=loss,
-            learning_rate=training.learning_rate,
-            gradient_norm=self.engine.gradient_norm(),
-            windows_per_second=steps * config.global_batch / seconds,
-            tokens_per_second=frames * len(self.engine.module.quantizers) / seconds,
-        )
+        training.count()
+        then, now = self._then, Totals.of(training)
+        quantizers = losses.tolist()
+        loss = sum(quantizers) / len(quantizers)
+        figures = {"loss": loss, "quantizers": quantizers, **self._state(training), **self._speed(then, now)}
+        self.write("train", training.step, **figures)
         self._show(training, {"loss": loss})
-        self._restart(training)
+        self._then = Totals.of(training)
 
-    def on_checkpoint(self, training: Any, step: int) -> None:
+    def _state(self, training: Training) -> dict[str, Any]:
+        """Where the optimizer is."""
+        return {
+            "learning_rate": training.learning_rate,
+            "gradient_norm": self.engine.gradient_norm(),
+            "updates": self.engine.updates,
+            "skipped": training.guard.read().bad,
+            "consumed": training.consumed,
+        }
+
+    def _speed(self, then: Totals, now: Totals) -> dict[str, Any]:
+        """What happened between two rows, on all ranks."""
+        steps = now.step - then.step
+        passed = now.clock - then.clock
+        seconds = passed - (now.aside - then.aside)
+        windows, tokens = (now.consumed[name] - then.consumed[name] for name in ("windows", "tokens"))
+        waited = (now.waited - then.waited) / steps
+        own = (waited, (now.forward - then.forward) / steps, self.flops.of(now.windows - then.windows), self._memory())
+        waits, forwards, flops, memories = zip(*self.engine.gather(own), strict=True)
+        field, quantizers = self.engine.module.target, len(self.engine.module.quantizers)
+        figures = {
+            "windows_per_second": windows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "audio_seconds_per_second": tokens / quantizers / field.rate_hz / seconds,
+            "step_seconds": seconds / steps,
+            "data_wait": sum(waits) / len(waits) * steps / seconds,
+            "checkpoint_stall": (now.stall - then.stall) / passed,
+            "memory": max(memories),
+        }
+        if self.flops.peak is not None:
+            figures["mfu"] = sum(flops) / (seconds * self.flops.peak * self.engine.world_size)
+        return figures | self._ranks(now.step, waits, forwards)
+
+    def _ranks(self, step: int, waits: tuple[float, ...], forwards: tuple[float, ...]) -> dict[str, Any]:
+        """What each rank needs for its own part of a step, before it has to wait for others: data and forward passes.
+
+        Under ZeRO-3 a forward pass waits for the weights that others hold. Then the shortest stands for all, and only
+        data tell one rank from another.
+        """
+        if self._waits_in_forward:
+            forwards = (min(forwards),) * len(forwards)
+        own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
+        figures: dict[str, Any] = {"rank_seconds": {"min": min(own), "median": median(own), "max": max(own)}}
+        first, self._first = self._first, False
+        # The first steps of a process are unlike the others: blocks are compiled, files opened.
+        if self.engine.rank == 0 and not first:
+            slow = self.stragglers.observe(step, own)
+            if slow:
+                figures["stragglers"] = {str(rank): times for rank, times in slow.items()}
+        return figures
+
+    def _memory(self) -> int:
+        """Bytes: the most that was allocated on the GPU so far, or on a CPU what the process holds now."""
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.engine.device)
+        return psutil.Process().memory_info().rss
+
+    def on_checkpoint(self, training: Training, step: int) -> None:
         self.write("checkpoint", step, stall=training.checkpoints.stall)
 
-    def on_end(self, training: Any) -> None:
+    def on_end(self, training: Training) -> None:
         self.close()
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Appends a row of `figures`, on rank 0; `step` counts finished optimizer steps."""
-        if self.writer:
-            self.writer.write(kind, step, **figures)
+        for writer in self._writers:
+            writer.write(kind, step, figures)
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-            self.writer = None
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
 
-    def _show(self, training: Any, figures: dict[str, float]) -> None:
+    def _show(self, training: Training, figures: dict[str, float]) -> None:
         """Moves the progress bar."""
         if self.engine.rank == 0:
             self._progress.update(training.step, training.config.steps, "", **figures)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+METRICS = "metrics.jsonl"
+"""Name of the file in a stage's folder."""
 TAIL_BYTES = 64 * 1024
-"""How much of the end of a file is read for its last rows; a row has some 300 bytes."""
+"""How much of the end of a file is read for its last rows, to begin with; a row has some 700 bytes."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -24,13 +26,18 @@ def last_metrics(path: Path, kind: str) -> dict[str, Any] | None:
     """The newest row of a kind ("train", "validation"), found in the end of the file; None where there is none."""
     if not path.exists():
         return None
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL_BYTES))
-        tail = file.read()
-    if size > TAIL_BYTES:
-        tail = tail[tail.index(b"\n") + 1 :]  # the first line is most likely cut
-    return next((row for row in reversed(_rows(tail)) if row["kind"] == kind), None)
+    size = path.stat().st_size
+    length = TAIL_BYTES
+    while True:
+        with path.open("rb") as file:
+            file.seek(max(0, size - length))
+            tail = file.read()
+        if size > length:
+            tail = tail[tail.find(b"\n") + 1 :]  # the first line is most likely cut
+        found = next((row for row in reversed(_rows(tail)) if row["kind"] == kind), None)
+        if found is not None or length >= size:
+            return found
+        length *= 8
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
