@@ -83,6 +83,11 @@ class TrainConfig(ExecutionConfig):
     """A Weights & Biases project that the metrics go to as well."""
 
     @property
+    def collective_timeout(self) -> float:
+        """Seconds after which a collective gives up: long after the watchdog, which says more."""
+        return 2 * max(self.hang_timeout, self.startup_timeout)
+
+    @property
     def decay(self) -> int:
         """Steps over which `wsd` decays."""
         return self.decay_steps or max(1, self.steps // 5)

@@ -89,7 +89,7 @@ class Engine:
         if not replicated(self._engine):
             self._optimizer.norm = lambda: torch.as_tensor(self._engine.optimizer._global_grad_norm)
         # Decisions travel over gloo, beside whatever the devices are doing.
-        self._control = dist.new_group(backend="gloo")
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.collective_timeout))
         self.module.configure(execution(config))
         self.forward_time = Stopwatch(self.device)
         """Spent in the forward passes of training."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors.torch import save_file
 
 from data.shards import check_shards
 from model import artifact
 from model.errors import UserError
+from trainer import stopping
 from trainer.batches import TrainingBatches
 from trainer.callback import Callback
 from trainer.checkpoint import Checkpointer
@@ -23,6 +23,7 @@ from trainer.metrics_reader import METRICS, last_metrics
 from trainer.schedule import Schedule
 from trainer.setup import KIND, WEIGHTS, StageSetup
 from trainer.spikes import SpikeGuard
+from trainer.watchdog import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,16 @@ def check_tokens(setup: StageSetup, engine: Engine) -> None:
 
 
 class Training:
-    """One stage on all ranks. Rank 0 alone writes metrics; every rank takes part in every save."""
+    """One stage on all ranks. Rank 0 alone writes metrics; every rank takes part in every save.
 
-    def __init__(self, setup: StageSetup, engine: Engine) -> None:
+    A watchdog may look at `heartbeat` meanwhile. SIGTERM and SIGUSR1 stop it where `trainer.stopping` heeds them.
+    """
+
+    def __init__(self, setup: StageSetup, engine: Engine, heartbeat: Heartbeat | None = None) -> None:
         self.setup = setup
         self.config = setup.config.train
         self.engine = engine
+        self.heartbeat = heartbeat or Heartbeat()
         check_tokens(setup, engine)
         self.data = TrainingBatches(setup, engine.module, engine.micro_batch, engine.device)
         self.schedule = Schedule(self.config)
@@ -76,7 +81,6 @@ class Training:
         """Figures of the last one."""
         self.elsewhere = 0.0
         """Seconds this process has spent on other things than steps."""
-        self._told_to_stop = False
 
     def run(self) -> None:
         """Trains to the last step and writes the weights.
@@ -86,14 +90,23 @@ class Training:
         self._start()
         while self.step < self.config.steps:
             self._call("before_step")
+            self.beat("loading data")
             self.learning_rate = self.engine.set_learning_rate(self.schedule.factor(self.step))
-            losses = self.engine.train_step(self.data.take(self.engine.accumulation), self.guard)
+            batches = self.data.take(self.engine.accumulation)
+            self.beat("the training step")
+            losses = self.engine.train_step(batches, self.guard)
             self.step += 1
+            self.heartbeat.stepped = True
             self._call("after_step", losses)
             self._check_losses()
             self._save_when_due()
+        self.beat("writing the weights")
         self._write_weights()
         self._call("on_end")
+
+    def beat(self, what: str) -> None:
+        """A sign of life: `what` begins. Whatever takes long gives one now and then."""
+        self.heartbeat.beat(self.step, what)
 
     def due(self, every: int | None) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
@@ -118,21 +131,24 @@ class Training:
 
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
+            self.beat(f"{type(callback).__name__}.{event}")
             getattr(callback, event)(self, *arguments)
 
     def _start(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._stop)
+        self.beat("looking for a checkpoint")
         self.checkpoints.open()
         step = self.checkpoints.choose()
         if step is None:
             self._check_never_saved()
         else:
+            self.beat(f"loading the checkpoint of step {step}")
             self.load_state_dict(self.checkpoints.load(step))
             self.checkpoints.forget_after(step)
             if self.engine.rank == 0:
                 log.info("resumed at step %d of %d", self.step, self.config.steps)
         self._call("on_start")
+        if any(self.engine.most(stopping.told())) and self.step < self.config.steps:
+            self._interrupt()
 
     def _check_never_saved(self) -> None:
         """Raises UserError where this stage has saved before: starting over would throw that away unasked."""
@@ -142,9 +158,6 @@ class Training:
                 f"{self.checkpoints.folder} is empty, but this stage has saved step {before['step']} there. "
                 f"Bring it back, or move {self.setup.folder} away to start over."
             )
-
-    def _stop(self, number: int, frame: object) -> None:
-        self._told_to_stop = True
 
     def _check_losses(self) -> None:
         """The host looks at the losses only when it logs: a bad one changes nothing meanwhile."""
@@ -163,7 +176,8 @@ class Training:
             )
 
     def _save_when_due(self) -> None:
-        stop, busy = self.engine.most(self._told_to_stop, self.checkpoints.busy)
+        self.beat("agreeing on what to do next")
+        stop, busy = self.engine.most(stopping.told(), self.checkpoints.busy)
         if self.checkpoints.pending and not busy:
             self._finish_save()
         if self.due(self.config.checkpoint_every) or stop:
@@ -172,10 +186,14 @@ class Training:
         if self.step == self.config.steps or stop:
             self._finish_save()
         if stop and self.step < self.config.steps:
-            self.metrics.close()
-            raise Interrupted(f"stopped at step {self.step} of {self.config.steps}")
+            self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        self.metrics.close()
+        raise Interrupted(f"stopped at step {self.step} of {self.config.steps}")
 
     def _save(self) -> None:
+        self.beat("starting to save")
         with self.aside():
             self.count()
             info = {
@@ -188,6 +206,7 @@ class Training:
             self.checkpoints.save(self.step, self.state_dict(), info)
 
     def _finish_save(self) -> None:
+        self.beat("waiting for what is being saved")
         with self.aside():
             step = self.checkpoints.finish()
         if step is not None:
