@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
 from launcher.units import size
 from model import artifact
 from model.errors import UserError
+from trainer.lock import LOCK, locked
 
 STATE = "state.json"
-LOCK = ".lock"
 PREVIOUS = "previous"
 
 
@@ -70,27 +69,11 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path} cannot be made: {error.strerror}. Choose another folder with -o.") from None
-        with folder._locked():
+        with locked(folder.path):
             folder.state = read_state(folder.path)
             folder._end_strays()
             folder._clear_leftovers()
             yield folder
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.path / LOCK).open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(f"{self.path} is in use {_holder(file.read())}.") from None
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "since": time.time()}))
-            file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
 
     def adopt(self, recipe: Recipe) -> None:
         """Makes `recipe` the one this folder is built by."""
@@ -185,15 +168,6 @@ def _is_ours(process: psutil.Process, started: float, run: Path) -> bool:
         return process.create_time() >= started - 1 and str(run) in process.cmdline()
     except psutil.Error:
         return False
-
-
-def _holder(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        since = time.strftime("%d %B %H:%M:%S", time.localtime(holder["since"]))
-        return f"by process {holder['pid']} since {since}: wait for it, or stop it with `kill {holder['pid']}`"
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return "by another process: wait for it"
 
 
 def _write_text(path: Path, text: str) -> None:

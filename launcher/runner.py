@@ -28,7 +28,7 @@ from model import artifact
 from model.config import STAGES as TRAINED
 from model.counting import count_stage, token_fields
 from model.fields import CONDITIONING, SEMANTIC
-from trainer.exit_codes import DIVERGED, SAVED
+from trainer.exit_codes import DIVERGED, HUNG, SAVED
 
 STOP_SECONDS = 60
 """How long stages may take to save when told to stop."""
@@ -267,11 +267,11 @@ class Execution:
 
     def _fail(self, job: Job, code: int) -> None:
         output = job.output()
-        message = user_message(output) if code in (2, DIVERGED) else None
+        message = user_message(output) if code in (2, DIVERGED, HUNG) else None
         if DISK_FULL.search(output) or shutil.disk_usage(self.folder.path).free < FULL_BYTES:
             message = disk_full(self.folder.path)
         if message is not None:
-            self._note_failure(job.stage.name, message, job, 2)
+            self._note_failure(job.stage.name, message, job, 1 if code == HUNG else 2)
         else:
             self._note_failure(job.stage.name, gist(output, code, first=job.stage.trained), job, 1)
 
@@ -280,7 +280,11 @@ class Execution:
         self.folder.record(name, state="failed", error=message)
         self.display.say(f"[red]{name} failed:[/] {escape(message)}")
         if code == 1:
-            self.display.say(f"Its log is {escape(str(job.log))}; the same command tries again from there.")
+            again = "tries again"
+            if job.stage.trained:
+                steps = [path.name.removeprefix("step-") for path in (self.folder.path / name).glob("checkpoints/step-*")]
+                again = f"goes on from step {int(max(steps))}" if steps else "starts it again"
+            self.display.say(f"Its log is {escape(str(job.log))}; the same command {again}.")
         if self.running:
             others = ", ".join(other.stage.name for other in self.running)
             self.display.say(f"Waiting for {others} to end; nothing new is started.")

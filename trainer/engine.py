@@ -52,6 +52,11 @@ def start_process_group(timeout: float = 600.0) -> None:
     )
 
 
+def lost_a_rank(error: Exception) -> bool:
+    """Whether `error` says that another rank was lost, not that something is wrong with this one."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
