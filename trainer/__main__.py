@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import logging
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.processes import die_with_parent, fail, plain_errors
-from trainer.exit_codes import DIVERGED, SAVED
+from model.errors import UserError
+from trainer import stopping
+from trainer.exit_codes import DIVERGED, FAULT, SAVED
+from trainer.lock import locked
+
+if TYPE_CHECKING:
+    from trainer.setup import StageSetup
+    from trainer.watchdog import Heartbeat
+
+END_SECONDS = 60
+"""How long a rank may take to end once its work is done, or has failed."""
+NOTICE_SECONDS = 3.0
+"""In which the launcher, which looks every second, has seen that a rank has ended."""
+
+log = logging.getLogger("trainer")
 
 
 def main() -> int:
@@ -23,38 +42,103 @@ def main() -> int:
 
 
 def train(run: Path, stage: str) -> int:
-    """Trains `stage` of `run` as one of its ranks and returns the exit code."""
+    """Trains `stage` of `run` as one of its ranks and returns the exit code (trainer.exit_codes).
+
+    It is the last thing a process does: one that has not ended END_SECONDS later is ended by force.
+    """
+    stopping.heed()
+
     from torch import distributed
 
-    from trainer.engine import Engine, start_process_group
+    from trainer.engine import start_process_group
     from trainer.setup import StageSetup
+    from trainer.watchdog import Heartbeat, Watchdog
+
+    setup = StageSetup.read(run, stage)
+    config = setup.config.train
+    start_process_group(config.collective_timeout)
+    rank = distributed.get_rank()
+    logs, heartbeat = setup.folder / "logs" / f"rank-{rank:04d}.log", Heartbeat()
+    watchdog = Watchdog(
+        heartbeat,
+        setup.folder / "heartbeat",
+        logs,
+        rank,
+        distributed.get_world_size(),
+        config.hang_timeout,
+        config.startup_timeout,
+    )
+    try:
+        with the_only_job(setup.folder):
+            log_to(logs, quiet=rank > 0)
+            with watchdog:
+                return attempt(setup, heartbeat)
+    finally:
+        # Destroying a group that has lost a rank may wait for it, as may threads and what runs at exit.
+        faulthandler.dump_traceback_later(END_SECONDS, exit=True)
+        # Without this a ZeRO-3 process can abort at exit after good work.
+        distributed.destroy_process_group()
+
+
+def attempt(setup: StageSetup, heartbeat: Heartbeat) -> int:
+    """Trains, and says what went wrong before the other ranks can see that this one is gone."""
+    from trainer.engine import Engine, lost_a_rank
     from trainer.training import Diverged, Interrupted, Training
 
-    start_process_group()
-    rank = distributed.get_rank()
     try:
-        setup = StageSetup.read(run, stage)
-        log_to(setup.folder / "logs" / f"rank-{rank:04d}.log", quiet=rank > 0)
-        Training(setup, Engine(setup.build_model(), setup.config.train)).run()
+        with plain_errors(setup.run):
+            Training(setup, Engine(setup.build_model(), setup.config.train), heartbeat).run()
     except Interrupted as interrupted:
-        logging.getLogger(__name__).info("%s", interrupted)
+        log.info("%s", interrupted)
         return SAVED
     except Diverged as diverged:
         fail(str(diverged), DIVERGED)
-    finally:
-        # Without this a ZeRO-3 process can abort at exit after good work.
-        distributed.destroy_process_group()
+    except Exception as error:  # noqa: BLE001 (the end of the process)
+        if not lost_a_rank(error):
+            log.exception("this rank failed after %d steps, in %s", heartbeat.last.step, heartbeat.last.what)
+            return FAULT
+        log.error("lost another rank after %d steps, in %s: %s", heartbeat.last.step, heartbeat.last.what, error)
+        wait_for_the_launcher()
+        return FAULT
     return 0
 
 
+@contextlib.contextmanager
+def the_only_job(folder: Path) -> Iterator[None]:
+    """Rank 0 holds the lock of a stage's folder for all ranks. Raises the same UserError on all where it cannot."""
+    from torch import distributed
+
+    with contextlib.ExitStack() as held:
+        problem = [None]
+        if distributed.get_rank() == 0:
+            try:
+                held.enter_context(locked(folder))
+            except UserError as error:
+                problem = [str(error)]
+        distributed.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        yield
+
+
+def wait_for_the_launcher() -> None:
+    """Lets the launcher see the rank that failed first, whose exit code tells more than this rank's; it then tells
+    this one to end. Where it does not, the rank that is lost was another host's."""
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while not stopping.told() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def log_to(path: Path, quiet: bool) -> None:
-    """Logs to a file of this rank's own, and to the console unless `quiet`."""
+    """Logs to a file of this rank's own, and to the console: all of it, or errors alone if `quiet`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(path)]
-    if not quiet:
-        handlers.append(logging.StreamHandler())
+    console = logging.StreamHandler()
+    console.setLevel(logging.ERROR if quiet else logging.INFO)
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=handlers, force=True
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[logging.FileHandler(path), console],
+        force=True,
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
