@@ -10,17 +10,19 @@ it needs, so there is nothing to convert. It holds no pickle.
 
 from __future__ import annotations
 
+import copy
 import errno
+import itertools
 import json
 import logging
-import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -30,21 +32,21 @@ from data.processes import disk_full
 from model import artifact
 from model.errors import UserError
 from trainer import random_state
+from trainer.checkpoint_folder import STATE, figure, problems, rank_file, read, seal, step_name, steps_in, superseded
 from trainer.config import TrainConfig
 from trainer.engine import Engine
+from trainer.remote import Remote, Uploads
 from trainer.tensor_files import SlicedTensors, slice_name, write_tensors
 
 log = logging.getLogger(__name__)
 
-KIND = "checkpoint"
-STATE = "state.json"
+Result = TypeVar("Result")
+
 RANDOM = "random"
+REMOVED = ".removed"
+"""Ends the hidden name under which a folder is removed."""
 USERS_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the disk that the user can put right."""
-
-
-def rank_file(rank: int) -> str:
-    return f"rank-{rank:04d}.safetensors"
 
 
 def versions() -> dict[str, str]:
@@ -67,16 +69,35 @@ class Checkpointer:
         self.identity = identity
         self.stall = 0.0
         """Seconds that training has waited for checkpoints so far."""
+        self._uploads: Uploads | None = None
+        """Rank 0's, where checkpoints are uploaded."""
         self._buffers: dict[str, Tensor] = {}
         self._pending: _Write | None = None
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / step_name(step)
 
-    def steps(self) -> list[int]:
-        """The steps that have a folder, newest first; nothing is said of their health."""
-        found = (re.fullmatch(r"step-(\d{8})", path.name) for path in self.folder.glob("step-*"))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+    def open(self) -> None:
+        """Before anything else: removes what a killed job was writing or removing, and sees whether the remote can be
+        reached. Raises UserError where the folder cannot be changed, the bucket or the credentials are wrong, or the
+        remote holds the checkpoints of another run."""
+        self._decide(self._open)
+
+    def _open(self) -> None:
+        for hidden in self.folder.glob(".step-*"):
+            shutil.rmtree(hidden)
+        if self.config.upload is None:
+            return
+        remote = Remote(self.config.upload, self.folder.parent.name)
+        for step, manifest in remote.whole().items():
+            self._check_identity(manifest, remote.url(step), "choose another train.upload")
+        self._uploads = Uploads(remote, self.folder, self.config)
+
+    def close(self) -> None:
+        """After everything else: waits for the upload under way, at most half of `hang_timeout`."""
+        if self._uploads:
+            self._uploads.finish(self.config.hang_timeout / 2)
+        self.engine.barrier()
 
     # Saving
 
@@ -87,11 +108,17 @@ class Checkpointer:
         An earlier write that is still under way is waited for. Without `checkpoint_async` this one is too.
         """
         self.finish()
+        validation = info.get("validation")
+        if validation and self.config.keep_best and self.config.keep_best not in validation:
+            known = ", ".join(sorted(validation))
+            raise UserError(
+                f"train.keep_best={self.config.keep_best}: there is no such figure; validations give {known}."
+            )
         started = time.monotonic()
-        final = self.path(step)
-        partial = final.with_name(f".{final.name}{artifact.PARTIAL}")
+        folder = self._hidden(step, artifact.PARTIAL)
         tensors = self._copy()
-        self._pending = _Write(step, partial, rank_file(self.engine.rank), tensors, state, info)
+        shared = copy.deepcopy((state, info))  # the training goes on and changes its own
+        self._pending = _Write(step, folder, rank_file(self.engine.rank), tensors, *shared)
         self.stall += time.monotonic() - started
         if not self.config.checkpoint_async:
             self.finish()
@@ -118,10 +145,7 @@ class Checkpointer:
         write.join()
         results = self.engine.gather(write.result)
         self._agree([result for result in results if isinstance(result, str)])
-        problem = None
-        if self.engine.rank == 0:
-            problem = _said(lambda: self._complete(write, {rank_file(n): r for n, r in enumerate(results)}))
-        self._agree([said for said in [self.engine.broadcast(problem)] if said])
+        self._decide(lambda: self._complete(write, {rank_file(n): r for n, r in enumerate(results)}))
         self.stall += time.monotonic() - started
         return write.step
 
@@ -141,62 +165,76 @@ class Checkpointer:
         return {**held, **{slice_name(RANDOM, name, 0): value for name, value in random.items()}}
 
     def _complete(self, write: _Write, files: dict[str, Any]) -> None:
-        """Rank 0: the shared state, the manifest, the name; then what is too old goes."""
+        """Rank 0: the shared state, the manifest, the name; then what is too old goes, and the upload starts."""
         (write.folder / STATE).write_text(json.dumps(write.state))
         files |= artifact.describe_files(write.folder, [STATE])
         artifact.sync(write.folder / STATE)
-        info = {"step": write.step, "world_size": self.engine.world_size, "versions": versions(), **write.info}
-        artifact.seal(write.folder, KIND, artifact.fingerprint(self.identity), self.identity, info, files)
+        own = {"step": write.step, "world_size": self.engine.world_size, "resume": self.config.resume}
+        seal(write.folder, self.identity, {**own, "versions": versions(), **write.info}, files)
+        wrong = problems(write.folder, digests=False)
+        if wrong:
+            raise UserError(
+                f"{'; '.join(wrong)}, though its rank has written it: all ranks must see the same run folder. "
+                "Put it on a disk that all hosts share."
+            )
         artifact.replace_folder(write.folder, self.path(write.step))
+        artifact.sync(self.folder.parent)
         for step in self._superseded():
-            shutil.rmtree(self.path(step))
+            self._remove(step)
+        if self._uploads:
+            self._uploads.start()
 
     def _superseded(self) -> list[int]:
         """Steps whose checkpoints may go. What is damaged does not count as kept: at least two good ones stay."""
-        good = [step for step in self.steps() if not self._wrong(step, digests=False)]
-        kept = set(good[: self.config.keep_last])
-        if self.config.keep_every:
-            kept |= {step for step in good if step % self.config.keep_every == 0}
-        if self.config.keep_best:
-            judged = [(figure, step) for step in good if (figure := self._figure(step)) is not None]
-            kept |= {min(judged)[1]} if judged else set()
-        return [step for step in good if step not in kept]
+        good = [step for step in steps_in(self.folder) if not problems(self.path(step), digests=False)]
+        figures = {step: figure(read(self.path(step)).info, self.config) for step in good}
+        uploading = self._uploads.uploading if self._uploads else None
+        return [step for step in superseded(figures, self.config) if step != uploading]
 
-    def _figure(self, step: int) -> float | None:
-        """What a checkpoint is judged by; none where no validation was due at its step."""
-        return artifact.read(self.path(step), KIND).info.get("validation", {}).get(self.config.keep_best)
+    def _hidden(self, step: int, ending: str) -> Path:
+        return self.folder / f".{step_name(step)}{ending}"
 
-    def _agree(self, problems: list[str]) -> None:
-        if not problems:
+    def _remove(self, step: int) -> None:
+        """From the first moment on it has no name that is looked for: interrupted, nothing is half there."""
+        hidden = self._hidden(step, REMOVED)
+        self.path(step).rename(hidden)
+        try:
+            shutil.rmtree(hidden)
+        except OSError as error:  # a reader on a shared disk, say; the next start removes it
+            log.warning("%s could not be removed yet: %s", hidden, error)
+
+    def _decide(self, action: Callable[[], Result]) -> Result:
+        """What `action` returns on rank 0, where alone it is done; what it raises is raised on all ranks."""
+        box: list[Result] = []
+        problem = None
+        if self.engine.rank == 0:
+            problem = _said(lambda: box.append(action()), self.folder)
+        problem, box = self.engine.broadcast((problem, box))
+        self._agree([problem] if problem else [])
+        return box[0]
+
+    def _agree(self, said: list[str]) -> None:
+        if not said:
             return
-        kind, _, message = problems[0].partition(": ")
+        kind, _, message = said[0].partition(": ")
         raise UserError(message) if kind == "user" else RuntimeError(message)
 
     # Loading
 
-    def clear_partial(self) -> None:
-        """Removes what a killed job was writing. Before the first save of this job."""
-        if self.engine.rank == 0:
-            for partial in self.folder.glob(f".*{artifact.PARTIAL}*"):
-                shutil.rmtree(partial)
-        self.engine.barrier()
-
     def choose(self) -> int | None:
-        """The step to go on from: the newest whose files are what its manifest says, or the one asked for.
+        """The step to go on from: the newest whose files are what its manifest says, or the one asked for. What is only
+        in the remote, or damaged here, is fetched from there.
 
         Damaged ones are named and passed over. None where there has never been one. Raises UserError where one was
         asked for, or must have been there, and none is good.
         """
-        steps = self.engine.broadcast(self.steps() if self.engine.rank == 0 else None)
-        asked = self.config.resume
-        if isinstance(asked, int) and asked not in steps:
-            raise UserError(f"there is no checkpoint of step {asked} in {self.folder} (train.resume={asked}).")
-        for step in [asked] if isinstance(asked, int) else steps:
-            wrong = [problem for problems in self.engine.gather(self._my_part(step)) for problem in problems]
-            if not wrong:
+        steps = self._decide(self._candidates)
+        for step in steps:
+            if self._is_good(step) or self._decide(partial(self._fetch, step)):
                 return step
-            if self.engine.rank == 0:
-                log.warning("checkpoint of step %d is damaged and passed over: %s", step, "; ".join(wrong))
+        asked = self.config.resume
+        if isinstance(asked, int):
+            raise UserError(f"there is no good checkpoint of step {asked} in {self.folder} (train.resume={asked}).")
         if steps or asked == "always":
             what = "none of the checkpoints" if steps else "there is no checkpoint"
             raise UserError(
@@ -205,28 +243,70 @@ class Checkpointer:
             )
         return None
 
-    def _my_part(self, step: int) -> list[str]:
-        """What is wrong with this rank's share of the files of a checkpoint."""
-        return self._wrong(step, share=(self.engine.rank, self.engine.world_size))
+    def _candidates(self) -> list[int]:
+        """The steps that may be gone on from, newest first, here or in the remote.
 
-    def _wrong(self, step: int, digests: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
-        try:
-            return artifact.problems(artifact.read(self.path(step), KIND), digests, share)
-        except UserError as error:
-            return [str(error)] if share[0] == 0 else []
+        With a step asked for: that one, or those that were saved since by the same command, which may have been
+        interrupted.
+        """
+        there = self._uploads.remote.finished() if self._uploads else []
+        steps = sorted({*steps_in(self.folder), *there}, reverse=True)
+        asked = self.config.resume
+        if not isinstance(asked, int):
+            return steps
+
+        whole = self._uploads.remote.whole() if self._uploads else {}
+
+        def made_since(step: int) -> bool:
+            try:
+                info = read(self.path(step)).info
+            except UserError:  # `choose` passes it over
+                info = whole.get(step, {}).get("info", {"resume": asked})
+            return step > asked and info["resume"] == asked
+
+        return [*itertools.takewhile(made_since, steps), *(step for step in steps if step == asked)]
+
+    def _is_good(self, step: int) -> bool:
+        """Whether a checkpoint is whole; the ranks share the reading."""
+        mine = problems(self.path(step), share=(self.engine.rank, self.engine.world_size))
+        wrong = dict.fromkeys(problem for part in self.engine.gather(mine) for problem in part)
+        if wrong and self.engine.rank == 0 and self.path(step).exists():
+            log.warning("checkpoint of step %d is damaged and passed over: %s", step, "; ".join(wrong))
+        return not wrong
+
+    def _fetch(self, step: int) -> bool:
+        """Rank 0: brings a checkpoint from the remote, where it is whole there, and gives it its name."""
+        if not self._uploads or step not in self._uploads.remote.finished():
+            return False
+        folder, url = self._hidden(step, artifact.PARTIAL), self._uploads.remote.url(step)
+        folder.mkdir(parents=True)
+        log.info("fetching %s", url)
+        self._uploads.remote.download(step, folder)
+        wrong = problems(folder)
+        if wrong:
+            log.warning("%s is damaged and passed over: %s", url, "; ".join(wrong).replace(f"{folder}/", url))
+            shutil.rmtree(folder)
+            return False
+        artifact.sync(folder)
+        artifact.replace_folder(folder, self.path(step))
+        return True
+
+    def _check_identity(self, manifest: dict[str, Any], place: str, remedy: str) -> None:
+        for name, value in self.identity.items():
+            if manifest["inputs"].get(name) != value:
+                raise UserError(
+                    f"{place} was made with another {name}: it does not fit this run. "
+                    f"Use the recipe it was made with, or {remedy}."
+                )
 
     def load(self, step: int) -> dict[str, Any]:
         """Takes back the checkpoint of `step`, whose digests `choose` has checked, and returns the shared state.
 
         Raises UserError where it was made from something else.
         """
-        found = artifact.read(self.path(step), KIND)
-        for name, value in self.identity.items():
-            if found.manifest["inputs"].get(name) != value:
-                raise UserError(
-                    f"the checkpoint of step {step} in {self.folder} was made with another {name}: "
-                    "it does not fit this run. Use the recipe it was made with, or move that folder away to start over."
-                )
+        found = read(self.path(step))
+        place = f"the checkpoint of step {step} in {self.folder}"
+        self._check_identity(found.manifest, place, "move that folder away to start over")
         files = [found.path / rank_file(rank) for rank in range(found.info["world_size"])]
         tensors = SlicedTensors(files)
         for fragment in self.engine.needed():
@@ -240,11 +320,16 @@ class Checkpointer:
         return state
 
     def forget_after(self, step: int) -> None:
-        """Removes the checkpoints newer than `step`: the training goes another way from there."""
-        if self.engine.rank == 0:
-            for later in [other for other in self.steps() if other > step]:
-                shutil.rmtree(self.path(later))
-        self.engine.barrier()
+        """Removes the checkpoints newer than `step`, here and in the remote: training goes another way from there."""
+        self._decide(lambda: self._forget_after(step))
+
+    def _forget_after(self, step: int) -> None:
+        for later in [other for other in steps_in(self.folder) if other > step]:
+            self._remove(later)
+        if self._uploads:
+            remote = self._uploads.remote
+            for later in sorted((other for other in remote.listing() if other > step), reverse=True):
+                remote.remove(later)
 
 
 class _Write(threading.Thread):
@@ -259,15 +344,15 @@ class _Write(threading.Thread):
         state: dict[str, Any],
         info: dict[str, Any],
     ) -> None:
-        super().__init__(name=f"checkpoint of step {step}")
+        super().__init__(name=f"checkpoint of step {step}", daemon=True)  # a disk that hangs must not hold the exit
         self.step, self.folder, self.file, self.tensors = step, folder, name, tensors
         self.state, self.info = state, info
-        self.result: dict[str, Any] | str = "fault: the write ended before its time"
+        self.result: dict[str, Any] | str = f"fault: {folder / name} was not written; its rank says why"
         """Size and digest, or what went wrong."""
         self.start()
 
     def run(self) -> None:
-        problem = _said(self._write)
+        problem = _said(self._write, self.folder)
         if problem:
             self.result = problem
 
@@ -276,15 +361,18 @@ class _Write(threading.Thread):
         self.result = write_tensors(self.folder / self.file, self.tensors)
 
 
-def _said(action: Callable[[], None]) -> str | None:
-    """Does `action`; where the disk refuses returns that in words for the other ranks, "user: …" or "fault: …"."""
+def _said(action: Callable[[], None], place: Path) -> str | None:
+    """Does `action`, which writes to `place`; what goes wrong with the disk, the remote or by the user's mistake is
+    returned in words for the other ranks, "user: …" or "fault: …"."""
     try:
         action()
+    except UserError as error:
+        return f"user: {error}"
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"user: {disk_full(error.filename)}"
+            return f"user: {disk_full(place)}"
         kind = "user" if error.errno in USERS_OWN else "fault"
-        return f"{kind}: the checkpoint could not be written: {error}"
+        return f"{kind}: checkpoints cannot be kept in {place}: {error}"
     return None
 
 

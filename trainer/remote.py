@@ -1,0 +1,190 @@
+"""Copies of a stage's checkpoints in an S3 bucket: `s3://bucket/prefix/STAGE/step-NNNNNNNN/`.
+
+The manifest goes up last and is deleted first, so that a copy that is half there is never taken for one. The usual
+environment says where and as whom: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and so on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+from model import artifact
+from model.errors import UserError
+from trainer.checkpoint_folder import figure, read, step_name, steps_in, superseded
+from trainer.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+SETTINGS = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3})
+IN_THIS_THREAD = TransferConfig(use_threads=False)
+"""For uploads: threads of boto3's own would take time from the training and outlive a wait that was given up."""
+REFUSALS = {"NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "404"}
+"""What S3 answers where the user can put it right."""
+
+
+class Remote:
+    """The copies of one stage's checkpoints.
+
+    Every method raises UserError where the bucket or the credentials are wrong, and ConnectionError where S3 does not
+    do what it is asked for.
+    """
+
+    def __init__(self, address: str, stage: str) -> None:
+        parsed = urlparse(address)
+        self.bucket = parsed.netloc
+        self.prefix = "/".join(part for part in (parsed.path.strip("/"), stage) if part)
+        with self._plain_errors():
+            self._client = boto3.client("s3", config=SETTINGS)
+
+    def url(self, step: int) -> str:
+        return f"s3://{self.bucket}/{self._key(step)}"
+
+    def _key(self, step: int, name: str = "") -> str:
+        return f"{self.prefix}/{step_name(step)}/{name}"
+
+    def listing(self) -> dict[int, dict[str, int]]:
+        """For each step that has files: their names and sizes."""
+        found: dict[int, dict[str, int]] = defaultdict(dict)
+        pattern = re.compile(re.escape(self.prefix) + r"/step-(\d{8})/([^/]+)")
+        with self._plain_errors():
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/")
+            for entry in (entry for page in pages for entry in page.get("Contents", [])):
+                if match := pattern.fullmatch(entry["Key"]):
+                    found[int(match[1])][match[2]] = entry["Size"]
+        return found
+
+    def finished(self) -> list[int]:
+        """The steps that have a manifest, whatever has become of their files since."""
+        return [step for step, sizes in self.listing().items() if artifact.MANIFEST in sizes]
+
+    def whole(self) -> dict[int, dict[str, Any]]:
+        """The manifests of the steps whose files are all there, with the right sizes."""
+        found = {}
+        for step, sizes in self.listing().items():
+            if artifact.MANIFEST not in sizes:
+                continue
+            try:
+                manifest = json.loads(self.manifest(step))
+                if all(sizes.get(name) == file["bytes"] for name, file in manifest["files"].items()):
+                    found[step] = manifest
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+                continue
+        return found
+
+    def manifest(self, step: int) -> bytes:
+        with self._plain_errors():
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(step, artifact.MANIFEST))
+            return answer["Body"].read()
+
+    def upload(self, step: int, folder: Path) -> None:
+        """Copies a finished checkpoint; what stood there is no checkpoint from the first moment on."""
+        names = sorted(path.name for path in folder.iterdir() if path.name != artifact.MANIFEST)
+        with self._plain_errors():
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(step, artifact.MANIFEST))
+            for name in [*names, artifact.MANIFEST]:
+                key = self._key(step, name)
+                self._client.upload_file(str(folder / name), self.bucket, key, Config=IN_THIS_THREAD)
+
+    def download(self, step: int, folder: Path) -> None:
+        """Copies all files of a step to `folder`, and syncs them."""
+        for name in self.listing()[step]:
+            with self._plain_errors():
+                self._client.download_file(self.bucket, self._key(step, name), str(folder / name))
+            artifact.sync(folder / name)
+
+    def remove(self, step: int) -> None:
+        with self._plain_errors():
+            for name in [artifact.MANIFEST, *self.listing()[step]]:
+                self._client.delete_object(Bucket=self.bucket, Key=self._key(step, name))
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        place = f"s3://{self.bucket}"
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound, ParamValidationError) as error:
+            raise UserError(f"{place} cannot be used (train.upload): {error}") from None
+        except ClientError as error:
+            if error.response["Error"]["Code"] in REFUSALS:
+                raise UserError(f"{place} cannot be used (train.upload): {error}") from None
+            raise ConnectionError(f"{place}: {error}") from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise ConnectionError(f"{place}: {error}") from error
+
+
+class Uploads:
+    """Brings the copies up to date with the checkpoints in `folder`, in the background."""
+
+    def __init__(self, remote: Remote, folder: Path, config: TrainConfig) -> None:
+        self.remote = remote
+        self.folder = folder
+        self.config = config
+        self.uploading: int | None = None
+        """The step whose files are being read; they must stay meanwhile."""
+        self._thread = threading.Thread()
+
+    def start(self) -> None:
+        """Uploads what is missing, the newest first, and removes what is superseded. One that is under way already
+        finds by itself what has come since. What fails is logged, and tried again the next time."""
+        if not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="upload of checkpoints", daemon=True)
+            self._thread.start()
+
+    def finish(self, timeout: float) -> None:
+        """Waits until all is there, at most `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for _ in range(2):  # one that is under way may just have looked for the last time
+            self.start()
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning("the upload of checkpoints to s3://%s is given up after %g s", self.remote.bucket, timeout)
+
+    def _run(self) -> None:
+        try:
+            while (step := self._missing()) is not None:
+                self.uploading = step
+                self.remote.upload(step, self.folder / step_name(step))
+            self._prune()
+        except (OSError, UserError) as error:
+            log.warning("uploading checkpoints failed, and is tried again after the next one: %s", error)
+        finally:
+            self.uploading = None
+
+    def _missing(self) -> int | None:
+        """The newest step whose checkpoint is here and not there."""
+        there = self.remote.whole()
+        for step in steps_in(self.folder):
+            if there.get(step) != read(self.folder / step_name(step)).manifest:
+                return step
+        return None
+
+    def _prune(self) -> None:
+        """Copies go as checkpoints do, and with them what an upload that was broken off has left."""
+        whole = self.remote.whole()
+        figures = {step: figure(manifest["info"], self.config) for step, manifest in whole.items()}
+        broken = [step for step in self.remote.listing() if step not in whole]
+        for step in [*broken, *superseded(figures, self.config)]:
+            self.remote.remove(step)
