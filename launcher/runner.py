@@ -280,10 +280,7 @@ class Execution:
         self.folder.record(name, state="failed", error=message)
         self.display.say(f"[red]{name} failed:[/] {escape(message)}")
         if code == 1:
-            again = "tries again"
-            if job.stage.trained:
-                steps = [path.name.removeprefix("step-") for path in (self.folder.path / name).glob("checkpoints/step-*")]
-                again = f"goes on from step {int(max(steps))}" if steps else "starts it again"
+            again = again_from(self.folder.path / name)
             self.display.say(f"Its log is {escape(str(job.log))}; the same command {again}.")
         if self.running:
             others = ", ".join(other.stage.name for other in self.running)
@@ -308,8 +305,17 @@ def _signal_group(job: Job, number: signal.Signals) -> None:
         os.killpg(job.process.pid, number)
 
 
+def again_from(folder: Path) -> str:
+    """What the same command does with a stage that failed in `folder`."""
+    steps = [int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")]
+    return f"goes on from step {max(steps)}" if steps else "starts it again"
+
+
 def user_message(output: str) -> str | None:
-    """What a process said was wrong, when it ended with code 2: the first "error: …" and its indented further lines."""
+    """What a process said was wrong, when it ended with code 2, HUNG or DIVERGED.
+
+    It is the first "error: …" and its indented further lines.
+    """
     lines = output.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("error: "):
