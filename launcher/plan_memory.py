@@ -87,11 +87,13 @@ def model_memory(parameters: int, train: TrainConfig, zero: dict[str, Any], rank
         buffers += wide * min(parameters, zero.get("stage3_max_live_parameters", LIVE))
     weights = wide * (share if stage == 3 else parameters)
     memory = Memory(weights, gradients, optimizer_bytes(train, stage) * share, buffers)
-    return _parameters_offloaded(_optimizer_offloaded(memory, zero, wide * share, 4 * share, 4 * stepped), zero, wide)
+    # On the host: gradients as they were reduced. ZeRO-2 has the new weights there, and gradients if it adds some up.
+    reduced = wide * share * (2 if stage < 3 and accumulation > 1 else 1)
+    return _parameters_offloaded(_optimizer_offloaded(memory, zero, reduced, 4 * share, 4 * stepped), zero, wide)
 
 
 def _optimizer_offloaded(memory: Memory, zero: dict[str, Any], reduced: float, full: float, stepped: float) -> Memory:
-    """The host has the gradients as they were reduced (under ZeRO-2, the new weights in their place), and in fp32."""
+    """With the optimizer's states and the gradients, `reduced` and in fp32, in the host's memory or on an NVMe."""
     device = offloads(zero, "optimizer")
     if device is None:
         return memory

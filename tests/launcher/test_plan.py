@@ -135,6 +135,7 @@ def test_what_is_offloaded_leaves_the_gpu() -> None:
     assert third.states == nvme.states == 0
     # Optimizer states, gradients in bf16 and fp32, and of zero3_offload the weights too.
     assert (second.host, third.host) == (18e9 / 8, 20e9 / 8)
+    assert memory("zero2_offload", accumulation=2).host == second.host + 2e9 / 8
     assert nvme.nvme == 18e9 / 8
     assert second.nvme == third.nvme == 0
 
