@@ -93,7 +93,7 @@ def attempt(setup: StageSetup, heartbeat: Heartbeat) -> int:
         return SAVED
     except Diverged as diverged:
         fail(str(diverged), DIVERGED)
-    except Exception as error:  # noqa: BLE001 (the end of the process)
+    except Exception as error:
         if not lost_a_rank(error):
             log.exception("this rank failed after %d steps, in %s", heartbeat.last.step, heartbeat.last.what)
             return FAULT
@@ -109,7 +109,7 @@ def the_only_job(folder: Path) -> Iterator[None]:
     from torch import distributed
 
     with contextlib.ExitStack() as held:
-        problem = [None]
+        problem: list[str | None] = [None]
         if distributed.get_rank() == 0:
             try:
                 held.enter_context(locked(folder))

@@ -150,17 +150,13 @@ class Watchdog:
     def _end(self, seen: list[Sighting]) -> None:
         # Should anything below stand still too, such as a write to a disk that is gone.
         faulthandler.dump_traceback_later(2 * self.settle, exit=True, file=sys.stderr)
-        suspect = describe(longest_silent(seen, 3 * self.interval), time.time())
-        own = describe(self._own(), time.time())
+        verdict = who_hung(seen, 3 * self.interval)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._file.write(f"{stamp} ERROR trainer.watchdog: hung: {own}.\nLongest silent: {suspect}. Stacks:\n")
+        self._file.write(f"{stamp} ERROR trainer.watchdog: hung. {describe(self._own())}.\n{verdict}. Stacks:\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
-        print(
-            f"error: the job hung: {suspect}.\n       Where every rank stood is in {self.log.parent}.",
-            file=sys.stderr,
-            flush=True,
-        )
+        words = f"error: the job hung. {verdict}.\n       Where every rank stood is in {self.log.parent}."
+        print(words, file=sys.stderr, flush=True)
         time.sleep(self.settle)
         os._exit(HUNG)
 
@@ -175,16 +171,23 @@ def read_heartbeat(path: Path) -> Sighting | None:
     return Sighting(**fields)
 
 
-def longest_silent(seen: list[Sighting], stale: float) -> Sighting:
-    """The rank that most likely holds up the others: one that no longer even writes its heartbeat, for `stale` seconds
-    longer than others, or else the one whose last sign of life is the oldest."""
+def who_hung(seen: list[Sighting], stale: float) -> str:
+    """In words, which rank most likely holds up the others.
+
+    It is one that has not even written its heartbeat for `stale` seconds longer than others, or else the one whose last
+    sign of life is the oldest. Where all stand at the same place nothing tells them apart.
+    """
     newest = max(sighting.written for sighting in seen)
     lost = [sighting for sighting in seen if newest - sighting.written > stale]
-    return min(lost or seen, key=lambda sighting: sighting.time)
+    if lost:
+        return f"{describe(min(lost, key=lambda sighting: sighting.time))}; its process is stopped or lost"
+    if len({(sighting.step, sighting.what) for sighting in seen}) > 1:
+        return describe(min(seen, key=lambda sighting: sighting.time))
+    return f"{describe(seen[0])}, and so did all others"
 
 
-def describe(sighting: Sighting, now: float) -> str:
+def describe(sighting: Sighting) -> str:
     """Words for a log: who, how long ago, where."""
-    stood = f"rank {sighting.rank} (process {sighting.pid} on {sighting.host}) gave its last sign of life "
-    stood += f"{now - sighting.time:.0f} s ago, after {sighting.step} steps, in {sighting.what}"
-    return stood
+    who = f"Rank {sighting.rank} (process {sighting.pid} on {sighting.host})"
+    ago = time.time() - sighting.time
+    return f"{who} gave its last sign of life {ago:.0f} s ago, after {sighting.step} steps, in {sighting.what}"
