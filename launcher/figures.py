@@ -18,11 +18,13 @@ from data.corpus import SKIPPED, read_jsonl
 from launcher.status import REPORT, TRAINED, read_status
 from model import artifact
 from model.errors import UserError
-from trainer.metrics_reader import read_metrics
+from trainer.metrics_reader import METRICS, curve, read_metrics
 
 IGNORED = 0.01
 """A condition whose shuffling raises the loss by less than this share is not listened to."""
 CURVE_POINTS = 400
+SPEEDS = ("windows_per_second", "tokens_per_second", "mfu", "data_wait", "checkpoint_stall")
+"""Figures of a training row of which the report has the median."""
 LIBRARIES = ("stretto", "torch", "deepspeed", "mosaicml-streaming", "transformers", "numpy")
 PLACES = {
     REPORT: "this report",
@@ -105,9 +107,8 @@ def right(sample: dict[str, Any]) -> dict[str, bool]:
 
 def stage_figures(run: Path, name: str, tokens: dict[str, Any] | None) -> dict[str, Any] | None:
     """Curves and last losses of one trained stage; None where it has not started."""
-    rows = read_metrics(run / name / "metrics.jsonl")
-    train = [row for row in rows if row["kind"] == "train"]
-    validation = [row for row in rows if row["kind"] == "validation"]
+    rows = read_metrics(run / name / METRICS)
+    train, validation = curve(rows, "train"), curve(rows, "validation")
     if not rows:
         return None
     info = _info(run / name) or {}
@@ -126,7 +127,8 @@ def stage_figures(run: Path, name: str, tokens: dict[str, Any] | None) -> dict[s
         "quantizers": last.get("quantizers", []),
         "conditions": {field: condition_use(last["loss"], loss) for field, loss in last.get("shuffled", {}).items()},
         "text_loss": last.get("text"),
-        "windows_per_second": median(row["windows_per_second"] for row in train) if train else None,
+        **{speed: _median(train, speed) for speed in SPEEDS},
+        "skipped_steps": train[-1].get("skipped") if train else None,
         "train": thin([[row["step"], row["loss"]] for row in train]),
         "validation": thin([[row["step"], row["loss"]] for row in validation]),
         "shuffled": {
@@ -134,6 +136,12 @@ def stage_figures(run: Path, name: str, tokens: dict[str, Any] | None) -> dict[s
             for field in last.get("shuffled", {})
         },
     }
+
+
+def _median(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of a figure over the rows that have it; None where none has."""
+    values = [row[name] for row in rows if name in row]
+    return median(values) if values else None
 
 
 def condition_use(loss: float, shuffled: float) -> dict[str, Any]:

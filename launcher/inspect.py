@@ -19,7 +19,7 @@ from launcher.status import ORDER, TRAINED
 from launcher.units import counted, duration, short, size
 from model import artifact
 from model.errors import UserError
-from trainer.metrics_reader import read_metrics
+from trainer.metrics_reader import METRICS, curve, read_metrics
 
 SHARD_INDEX = "index.json"
 LARGEST_HEADER = 100_000_000
@@ -60,7 +60,7 @@ def inspect(path: Path) -> Inspection:
     if path.is_file():
         if path.suffix == ".safetensors":
             return _safetensors(path)
-        if path.name == "metrics.jsonl":
+        if path.name == METRICS:
             return _metrics(path)
     elif (path / artifact.MANIFEST).is_file():
         return _artifact(path)
@@ -221,7 +221,7 @@ def _metrics(path: Path) -> Inspection:
         inspection.problems.append(f"{path}: {error}")
         return inspection
     for kind in ("train", "validation"):
-        chosen = [row for row in rows if row["kind"] == kind]
+        chosen = curve(rows, kind)
         if chosen:
             first, last = chosen[0], chosen[-1]
             inspection.facts[kind] = (

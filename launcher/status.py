@@ -18,14 +18,16 @@ from rich.table import Table
 from launcher.recipe import RECIPE
 from launcher.run_folder import LOCK, read_state
 from launcher.stages import STAGES
-from launcher.units import duration
+from launcher.units import counted, duration, short
 from model.artifact import MANIFEST
 from model.errors import UserError
-from trainer.metrics_reader import last_metrics
+from trainer.metrics_reader import METRICS, last_metrics
 
 ORDER = tuple(stage.name for stage in STAGES)
 TRAINED = tuple(stage.name for stage in STAGES if stage.trained)
 REPORT = "report.html"
+SPEED = ("windows_per_second", "tokens_per_second", "mfu", "data_wait", "skipped")
+"""What is shown of the newest row of a training, beside its loss; rows of earlier versions lack some."""
 COLOURS = {"done": "green", "running": "cyan", "waiting": "dim", "failed": "red", "interrupted": "yellow"}
 
 
@@ -43,6 +45,12 @@ class StageStatus:
     validation_loss: float | None = None
     windows_per_second: float | None = None
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1."""
+    data_wait: float | None = None
+    """Share of the training time that was spent waiting for data."""
+    skipped: int | None = None
+    """Steps left out so far."""
     seconds: float | None = None
     """How long it took, or has run for, in all its attempts."""
     seconds_left: float | None = None
@@ -124,7 +132,7 @@ def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any],
         if state == "running":
             known["seconds_left"] = _seconds_left(progress)
     if name in TRAINED and state != "waiting":
-        known |= _training(run / name / "metrics.jsonl", recipe, name, state)
+        known |= _training(run / name / METRICS, recipe, name, state)
     return StageStatus(**known)
 
 
@@ -141,7 +149,7 @@ def _training(path: Path, recipe: dict[str, Any], name: str, state: str) -> dict
     if train is None:
         return found
     found |= {"done": train["step"], "loss": train["loss"]}
-    found |= {speed: train[speed] for speed in ("windows_per_second", "tokens_per_second")}
+    found |= {figure: train.get(figure) for figure in SPEED}
     settings = recipe.get("stages", {}).get(name, {}).get("train", {})
     if "steps" in settings:
         found["total"] = settings["steps"]
@@ -181,6 +189,10 @@ def print_status(run: Path, as_json: bool, console: Console) -> None:
     console.print(f"{escape(str(run))}: recipe {escape(status.recipe)}, [{colour}]{status.state}[/]", highlight=False)
     console.print(_table(status))
     for stage in status.stages:
+        speed = _speed(stage)
+        if speed:
+            console.print(f"{stage.name}: {speed}", highlight=False)
+    for stage in status.stages:
         if stage.error:
             console.print(f"[red]{stage.name}[/]: {escape(stage.error)}", highlight=False)
     logs = [stage.log for stage in status.stages if stage.log and stage.state in ("running", "failed", "interrupted")]
@@ -213,6 +225,18 @@ def _done(stage: StageStatus) -> str:
     if stage.done is None:
         return ""
     return f"{stage.done:,} / {stage.total:,}" if stage.total is not None else f"{stage.done:,}"
+
+
+def _speed(stage: StageStatus) -> str:
+    """How fast a stage trains, or trained at its last log, what it waits for and what it has left out."""
+    parts = [short(stage.tokens_per_second, "tokens/s")] if stage.tokens_per_second is not None else []
+    if stage.mfu is not None:
+        parts.append(f"MFU {stage.mfu:.1%}")
+    if stage.data_wait is not None:
+        parts.append(f"{stage.data_wait:.0%} waiting for data")
+    if stage.skipped:
+        parts.append(f"{counted(stage.skipped, 'step')} left out")
+    return ", ".join(parts)
 
 
 def _time(stage: StageStatus) -> str:

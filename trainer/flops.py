@@ -19,7 +19,7 @@ class ModelFlops:
 
     def __init__(self, model: StageTransformer, precision: str, device: torch.device) -> None:
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        self.peak = peak_flops(self.device_name, precision) if device.type == "cuda" else None
+        self.peak = peak_flops(self.device_name, precision)
         """Dense peak FLOP/s of this rank's device; None where it is not known."""
         self._model = model
         self._dims = {part.field.name: part.centroids.shape[-1] for part in model.conditions if "summed" in part.paths}

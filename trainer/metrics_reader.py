@@ -22,6 +22,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _rows(path.read_bytes())
 
 
+def curve(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The rows of a kind that have a loss; it is null where it was not finite."""
+    return [row for row in rows if row["kind"] == kind and row["loss"] is not None]
+
+
 def last_metrics(path: Path, kind: str) -> dict[str, Any] | None:
     """The newest row of a kind ("train", "validation"), found in the end of the file; None where there is none."""
     if not path.exists():
