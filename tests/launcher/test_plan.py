@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_command
 from rich.console import Console
 
 import ds_configs
@@ -207,6 +209,36 @@ def test_a_plan_says_what_to_change_in_the_recipe() -> None:
     wanted = ["stages.coarse.train.ranks=4", "stages.coarse.train.zero=zero1", "stages.coarse.train.micro_batch=8"]
     assert " ".join(wanted) in text
     assert "stages.coarse.train." not in shown("musiclm_large", *wanted, width=200, cluster=cluster)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h10", None, 0.4), "no GPU 'h10' in the table. Did you mean h100?"),
+        (("h100", 0, 0.4), "--gpus is 0: name 1 or more."),
+        (("h100", 8, 40), "--mfu is 40: name a share of the peak above 0 and at most 1"),
+    ],
+)
+def test_a_cluster_that_makes_no_sense_is_a_plain_error(arguments, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        Cluster.of(*arguments)
+
+
+def test_a_gpu_without_the_precision_is_a_plain_error() -> None:
+    with pytest.raises(UserError, match=r"--gpu V100 has no bf16: set stage_defaults.train.precision=fp32"):
+        coarse(gpu="v100")
+
+
+def test_programs_read_the_same_figures() -> None:
+    done = run_command(["launcher", "plan", "musiclm_large", "--gpus", "16", "--gpu", "h200", "--mfu", "0.5", "--json"])
+    assert done.returncode == 0, done.stderr
+    found, plan = json.loads(done.stdout), coarse(gpu="h200", gpus=16)
+    stage = found["stages"]["coarse"]
+    assert (found["gpu"]["name"], found["mfu"], stage["gpus"]) == ("H200", 0.5, 16)
+    assert stage["parameters"] == plan.count.parameters
+    assert stage["days"] == pytest.approx(plan.flops / (16 * 0.5 * 989e12) / 86_400)
+    assert stage["choices"]["zero1"]["total"] == plan.choice("zero1").memory.total
+    assert stage["recommended"]["zero"] == "zero1"
 
 
 def test_where_nothing_fits_the_plan_says_so() -> None:
