@@ -132,13 +132,15 @@ class ZeroOptimization(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ZeroOptimization:
-        """DeepSpeed would leave these out without a word."""
+        """DeepSpeed would leave most of these out without a word."""
         if self.offload_param.device != "none" and self.stage != 3:
             raise ValueError(f"offload_param needs stage 3, and stage is {self.stage}")
         if self.offload_optimizer.device == "nvme" and self.stage != 3:
             raise ValueError(f"offload_optimizer to nvme needs stage 3, and stage is {self.stage}")
         if self.offload_optimizer.device != "none" and self.stage == 0:
             raise ValueError("offload_optimizer needs stage 1, 2 or 3, and stage is 0")
+        if self.offload_param.device == "nvme" and (self.zero_hpz_partition_size or 1) > 1:
+            raise ValueError("offload_param to nvme and zero_hpz_partition_size do not go together")
         return self
 
 

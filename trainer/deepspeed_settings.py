@@ -58,12 +58,12 @@ def check_deepspeed(config: TrainConfig, world_size: int) -> None:
             f"train.global_batch {config.global_batch} does not divide over {world_size} ranks with "
             f"{ranks // world_size} windows each: make it a multiple of {ranks}, or change train.micro_batch."
         )
-    needed = _swap_buffers(config)
     offload = settings["zero_optimization"].get("offload_optimizer", {})
+    needed = _swap_buffers(config, offload)
     if offload.get("device") == "nvme" and offload.get("buffer_count", needed) < needed:
         raise UserError(
             f"{config.zero}: zero_optimization.offload_optimizer.buffer_count is {offload['buffer_count']}: "
-            f"this recipe needs {needed}, one each for the weights, the gradient and all that the optimizer keeps."
+            f"this recipe needs {needed}. Leave the key out and it gets them."
         )
 
 
@@ -113,12 +113,14 @@ def _fill_offload(zero: dict[str, Any], config: TrainConfig, swap_folder: Path |
                 raise UserError(f"{config.zero}: zero_optimization.{name}.nvme_path is missing: name a folder.")
             section["nvme_path"] = str(swap_folder)
         if name == "offload_optimizer":
-            section.setdefault("buffer_count", _swap_buffers(config))
+            section.setdefault("buffer_count", _swap_buffers(config, section))
 
 
-def _swap_buffers(config: TrainConfig) -> int:
-    """Buffers for one piece of the weights: itself, its gradient, two moments, and the average where one is kept."""
-    return 4 if config.ema_decay is None else 5
+def _swap_buffers(config: TrainConfig, offload: dict[str, Any]) -> int:
+    """Buffers for one piece of the weights: itself, its gradient, two moments, and the average where one is kept; as
+    many again for the next piece where it is read ahead, and for the last one where it is written meanwhile."""
+    pieces = 1 + offload.get("pipeline_read", False) + offload.get("pipeline_write", False)
+    return pieces * (4 if config.ema_decay is None else 5)
 
 
 def _json(value: Any) -> str:

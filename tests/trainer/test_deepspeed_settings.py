@@ -92,6 +92,10 @@ def test_a_file_that_contradicts_the_recipe_is_refused(sections, changes, words,
         ({"zero_optimization": {**ZERO, "offload_param": {"device": "cpu"}}}, ["offload_param needs stage 3"]),
         ({"zero_optimization": {**ZERO, "offload_optimizer": {"device": "nvme"}}}, ["nvme needs stage 3"]),
         (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, "zero_hpz_partition_size": 2}},
+            ["do not go together"],
+        ),
+        (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             ["offload_optimizer needs stage 1"],
         ),
@@ -130,6 +134,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused():
 
 def test_nvme_is_given_a_folder_and_buffers_enough(tmp_path):
     zero = deepspeed_config(config("zero3_nvme"), 2, tmp_path / "swap")["zero_optimization"]
+    assert zero["offload_optimizer"]["buffer_count"] == 4
     assert zero["offload_optimizer"]["nvme_path"] == zero["offload_param"]["nvme_path"] == str(tmp_path / "swap")
     with pytest.raises(UserError, match=r"offload_optimizer\.nvme_path is missing"):
         deepspeed_config(config("zero3_nvme"), 2)
@@ -139,6 +144,9 @@ def test_nvme_is_given_a_folder_and_buffers_enough(tmp_path):
     assert deepspeed_config(config(file), 2, tmp_path)["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/fast"
     with pytest.raises(UserError, match=r"buffer_count is 4: this recipe needs 5"):
         deepspeed_config(config(file, ema_decay=0.9), 2, tmp_path)
+    own["offload_optimizer"]["pipeline_read"] = True
+    with pytest.raises(UserError, match=r"buffer_count is 4: this recipe needs 8"):
+        deepspeed_config(config(write(tmp_path, zero_optimization=own)), 2, tmp_path)
 
 
 def test_bf16_is_refused_where_there_is_none():
