@@ -72,6 +72,20 @@ def linear_cross_entropy(hidden_ND: Tensor, heads_QCD: Tensor, rows_QM: Tensor, 
     return _LinearCrossEntropy.apply(hidden_ND, heads_QCD, rows_QM, targets_QM)  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
+def losses_and_accuracies(hidden_ND: Tensor, heads_QCD: Tensor, rows_QM: Tensor, targets_QM: Tensor) -> Tensor:
+    """What `linear_cross_entropy` gives, and the share of codes to which the logits give the most: `[2, Q]`, without a
+    gradient."""
+    wide = _wide(heads_QCD)
+    totals = hidden_ND.new_zeros(2, len(heads_QCD), dtype=wide)
+    for q, head in enumerate(heads_QCD):
+        for part in _chunks(hidden_ND, heads_QCD, rows_QM):
+            logits, targets = F.linear(hidden_ND[rows_QM[q, part]], head).to(wide), targets_QM[q, part]
+            totals[0, q] += F.cross_entropy(logits, targets, reduction="sum")
+            totals[1, q] += (logits.argmax(dim=-1) == targets).sum()
+    return totals / rows_QM.shape[1]
+
+
 def linear_cross_entropy_reference(hidden_ND: Tensor, heads_QCD: Tensor, rows_QM: Tensor, targets_QM: Tensor) -> Tensor:
     """The same by way of all logits: what `linear_cross_entropy` is compared with."""
     logits_QMC = torch.einsum("qmd,qcd->qmc", hidden_ND[rows_QM], heads_QCD)

@@ -21,7 +21,7 @@ from model.counting import quantizers_used
 from model.dropping import Dropped
 from model.fields import CONDITIONING, TokenField
 from model.initialisation import initialise
-from model.loss import linear_cross_entropy
+from model.loss import linear_cross_entropy, losses_and_accuracies
 from model.patterns import Pattern
 from model.transformer import Rotary, Transformer, rotary_tables
 
@@ -167,19 +167,27 @@ class StageTransformer(nn.Module):
         hidden = self.transformer(embedded, rotary)[:, -pattern.steps :]
         return torch.stack([F.linear(hidden[:, pattern.steps_of(q)], head) for q, head in enumerate(self.heads)], dim=2)
 
-    def forward(self, batch: Batch | list[Batch], dropped: Dropped | list[Dropped] | None = None) -> Tensor:
-        """Mean cross-entropy in nats of each predicted quantizer: `[Q]`, fp32. Windows in a list are packed."""
+    def forward(
+        self, batch: Batch | list[Batch], dropped: Dropped | list[Dropped] | None = None, accuracy: bool = False
+    ) -> Tensor:
+        """Mean cross-entropy in nats of each predicted quantizer: `[Q]`, fp32. Windows in a list are packed.
+
+        With `accuracy` also the share of codes that were the likeliest one, `[2, Q]` together, without a gradient.
+        """
         if isinstance(batch, list):
             assert not isinstance(dropped, Dropped)
-            return self.packed(batch, dropped)
+            return self.packed(batch, dropped, accuracy)
         assert not isinstance(dropped, list)
         embedded, rotary, pattern = self.embed(batch, dropped)
         hidden = self.transformer(embedded, rotary)
         rows = predicting_rows(len(hidden), hidden.shape[1], pattern, hidden.device)
         targets = self.own_codes(batch).permute(2, 0, 1).flatten(1)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.heads, rows, targets)
+        judge = losses_and_accuracies if accuracy else linear_cross_entropy
+        return judge(hidden.flatten(0, 1), self.heads, rows, targets)
 
-    def packed(self, windows: Sequence[Batch], dropped: Sequence[Dropped] | None = None) -> Tensor:
+    def packed(
+        self, windows: Sequence[Batch], dropped: Sequence[Dropped] | None = None, accuracy: bool = False
+    ) -> Tensor:
         """The same for windows (batches of one) of any lengths, in one row without padding: the mean over all codes."""
         embedded, rotaries, rows, targets = [], [], [], []
         lengths: list[int] = []
@@ -192,7 +200,8 @@ class StageTransformer(nn.Module):
             lengths.append(steps.shape[1])
         cos, sin = (torch.cat(tables) for tables in zip(*rotaries, strict=True))
         hidden = self.transformer(torch.cat(embedded, dim=1), (cos, sin), packing=Packing(tuple(lengths)))
-        return linear_cross_entropy(hidden[0], self.heads, torch.cat(rows, dim=1), torch.cat(targets, dim=1))
+        judge = losses_and_accuracies if accuracy else linear_cross_entropy
+        return judge(hidden[0], self.heads, torch.cat(rows, dim=1), torch.cat(targets, dim=1))
 
     def new_cache(self, batch: int, steps: int) -> list[LayerCache]:
         weight = self.embedding.weight

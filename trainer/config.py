@@ -53,6 +53,8 @@ class TrainConfig(ExecutionConfig):
     """Data loader processes a rank."""
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
+    validate_windows: PositiveInt | None = None
+    """At most so many windows of the validation set, always the same; all when not given."""
     sample_every: PositiveInt | None = None
     """Steps between samples made into sound; none without."""
     checkpoint_every: PositiveInt = 200

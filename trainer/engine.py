@@ -90,6 +90,10 @@ class Engine:
         groups = parameter_groups(model, model.config.transformer, config.learning_rate, config.weight_decay)
         self._optimizer = AdamW(groups, config.learning_rate, config.betas, config.clip, config.ema_decay, device())
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
+        if self._engine.zero_optimization_stage() in (1, 2):
+            # DeepSpeed looks for the state of all groups once the first has stepped, and never again.
+            for _ in fragments(self._engine, self._optimizer):
+                pass
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         if not replicated(self._engine):
             self._optimizer.norm = lambda: torch.as_tensor(self._engine.optimizer._global_grad_norm)
@@ -160,9 +164,10 @@ class Engine:
         return counts / self.mean(counts.mean())
 
     def evaluate(self, batch: MicroBatch) -> Tensor:
-        """Loss of each quantizer with every condition present. Nothing of the training state is switched or changed."""
+        """Loss and accuracy of each quantizer, `[2, quantizers]`, with every condition present. Nothing of the training
+        state is switched or changed."""
         with torch.no_grad():
-            return self._engine(batch)
+            return self._engine(batch, accuracy=True)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over the ranks, on the device."""

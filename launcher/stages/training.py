@@ -6,9 +6,10 @@ from launcher.stage import Stage, picked
 from model.config import STAGES as NAMES
 
 WITHOUT_EFFECT = (
-    "ranks", "micro_batch", "zero", "workers", "log_every", "validate_every", "sample_every", "checkpoint_every",
-    "checkpoint_async", "keep_last", "keep_every", "keep_best", "upload", "resume", "hang_timeout", "startup_timeout",
-    "straggler_factor", "gc_every", "profile", "wandb", "attention", "compile", "kernels", "recompute",
+    "ranks", "micro_batch", "zero", "workers", "log_every", "validate_every", "validate_windows", "sample_every",
+    "checkpoint_every", "checkpoint_async", "keep_last", "keep_every", "keep_best", "upload", "resume", "hang_timeout",
+    "startup_timeout", "straggler_factor", "gc_every", "profile", "wandb", "attention", "compile", "kernels",
+    "recompute",
 )  # fmt: skip
 """Keys of `train` that say where, how and how often, not what is learnt: changing them rebuilds nothing."""
 

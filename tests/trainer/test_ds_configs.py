@@ -45,7 +45,7 @@ def losses_of(zero, precision, width):
         batch = random_batch(batch=BATCH, seed=step)
         own = [{name: codes[index : index + 1] for name, codes in batch.items()} for index in range(rank, BATCH, ranks)]
         if step == STEPS:
-            loss = engine.mean(torch.stack([engine.evaluate(window) for window in own]).mean())
+            loss = engine.mean(torch.stack([engine.evaluate(window)[0] for window in own]).mean())
         else:
             _, frames, count = model.own_codes(own[0]).shape
             dropped = draw_dropped(model.config, torch.tensor([step]), frames, count)
