@@ -26,7 +26,7 @@ PRELOADED = [
     "trainer.training",
     "trainer.evaluation",
 ]
-"""What each rank would import otherwise: Muon, which DeepSpeed looks at whatever the optimizer, takes 1.5 s by itself."""
+"""What each rank would import for itself: Muon, which DeepSpeed looks at whatever the optimizer is, takes 1.5 s."""
 POLL_SECONDS = 0.02
 
 
