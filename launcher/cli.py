@@ -171,17 +171,26 @@ def train(stage: Annotated[str, typer.Argument(metavar="semantic|coarse|fine")],
 
 
 @app.command()
-def export(run: RunPath, output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")]) -> None:
+def export(
+    run: RunPath,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    average: Annotated[bool, typer.Option("--average", help="The moving average of the weights (ema_decay).")] = False,
+) -> None:
     """Write the bundle of a run whose three stages are trained: all that is needed to make music."""
+    from dataclasses import replace
+
     from launcher.display import ConsoleProgress
     from launcher.graph import origins
     from launcher.recipe import read_run_recipe
+    from launcher.stages.bundle import average_bundle
     from launcher.worker import build
 
     _require_new(output)
     origin = origins(read_run_recipe(run))["bundle"]
+    if average:
+        origin = replace(origin, keys={**origin.keys, "average": True})
     with ConsoleProgress(Console(stderr=True)) as progress:
-        build(run, origin, progress, output)
+        build(run, origin, progress, output, average_bundle if average else None)
     print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
 
 

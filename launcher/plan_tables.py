@@ -199,9 +199,11 @@ def _advice(plan: StagePlan, advice: Advice) -> Iterator[str]:
     yield f"→ {advice.choice.name}: {advice.reason}."
     train = plan.train
     given = train.global_batch // plan.gpus if train.micro_batch is None else train.micro_batch
-    wanted = {"ranks": (plan.gpus, train.ranks), "zero": (advice.choice.name, train.zero)}
-    if train.micro_batch != "auto":
-        wanted["micro_batch"] = advice.micro_batch, given
+    wanted = {
+        "ranks": (plan.gpus, train.ranks),
+        "zero": (advice.choice.name, train.zero),
+        "micro_batch": (advice.micro_batch, given),
+    }
     changes = [f"stages.{plan.name}.train.{key}={new}" for key, (new, old) in wanted.items() if new != old]
     if changes:
         yield f"  {' '.join(changes)}"

@@ -13,6 +13,7 @@ from model.counting import quantizers_used, token_fields
 from model.errors import UserError
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC, TokenField, common_period
 from trainer.config import StageConfig, TrainConfig
+from trainer.deepspeed_settings import check_deepspeed
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
@@ -78,6 +79,7 @@ def _compiled(key: str, train: TrainConfig) -> Iterator[str]:
     if train.packing and train.compile == "on":
         yield f"{key}.compile is on, which packing does not go with, as lengths change each step: set it to auto."
     try:
+        check_deepspeed(train, train.ranks)
         if ds_configs.zero_stage(train.zero) == 3 and train.compile == "on":
             yield f"{key}.compile is on, which zero: {train.zero} (ZeRO-3) cannot be: set it to auto."
     except UserError as error:

@@ -11,7 +11,7 @@ from data.progress import Progress
 from launcher.graph import Origin, problems, stage_named
 from launcher.recipe import read_run_recipe
 from launcher.run_folder import read_state
-from launcher.stage import Context
+from launcher.stage import Body, Context
 from model import artifact
 from model.errors import UserError
 
@@ -31,18 +31,19 @@ def main() -> None:
         build(arguments.run, Origin(**made_from), progress, arguments.run / arguments.stage)
 
 
-def build(run: Path, origin: Origin, progress: Progress, path: Path) -> None:
-    """Makes the artifact of a stage at `path`, from the others in `run`.
+def build(run: Path, origin: Origin, progress: Progress, path: Path, body: Body | None = None) -> None:
+    """Makes the artifact of a stage at `path`, from the others in `run`, by the stage's body or another.
 
     Raises UserError where an input is missing or is not what the artifact is to be made from.
     """
     recipe, stage = read_run_recipe(run), stage_named(origin.name)
-    if stage.body is None:
+    body = body or stage.body
+    if body is None:
         raise UserError(f"stage {stage.name!r} is trained: start it with `stretto train {stage.name} --run {run}`.")
     for need, expected in origin.inputs.items():
         check_input(run, stage.name, need, expected)
     with artifact.create(path, stage.makes, origin.fingerprint, origin.inputs) as (folder, info):
-        info.update(stage.body(Context(run, recipe, folder, progress)))
+        info.update(body(Context(run, recipe, folder, progress)))
 
 
 def check_input(run: Path, stage: str, need: str, expected: str) -> None:

@@ -26,7 +26,8 @@ def captioned(tmp_path_factory):
     """A finished run on a folder of mixed audio with captions: (run folder, the command, its output)."""
     folder = tmp_path_factory.mktemp("captioned")
     audio = caption_everything(music_folder(folder / "music"))
-    command = ["run", "quickstart", "-o", folder / "run", f"data.audio={audio}", *CLIP, *SMALL]
+    average = "stage_defaults.train.ema_decay=0.5"
+    command = ["run", "quickstart", "-o", folder / "run", f"data.audio={audio}", average, *CLIP, *SMALL]
     return folder / "run", command, stretto(*command).stdout
 
 
@@ -42,6 +43,16 @@ def test_a_folder_of_audio_becomes_a_bundle_and_a_report(captioned):
     assert "<audio" in html
     assert 'src="http' not in html
     assert list((run / "semantic" / "tensorboard").iterdir())
+
+
+def test_the_average_of_the_weights_is_exported_on_request(captioned, tmp_path):
+    run, _, _ = captioned
+    stretto("export", run, tmp_path / "bundle", "--average")
+    assert artifact.read(tmp_path / "bundle", "bundle").info["average"]
+    assert "moving averages" in (tmp_path / "bundle" / "README.md").read_text()
+    average = (run / "coarse" / "average.safetensors").read_bytes()
+    assert (tmp_path / "bundle" / "coarse.safetensors").read_bytes() == average
+    assert (run / "bundle" / "coarse.safetensors").read_bytes() != average
 
 
 def test_the_bundle_makes_music(captioned, tmp_path):
@@ -114,6 +125,8 @@ def test_without_captions_it_learns_from_audio_alone_and_says_what_that_means(tm
     assert max(started) < min(output.index(f"{stage}: done") for stage in ("semantic", "coarse", "fine"))
     assert "no captions" in output
     assert "no captions" in (run / "report.html").read_text()
+    assert "ema_decay" in stretto("export", run, tmp_path / "bundle", "--average", code=2).stderr
+    assert not (tmp_path / "bundle").exists()
     refused = stretto("generate", run / "bundle", "a tune", "-o", tmp_path / "a.wav", code=2)
     assert "--like" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 import yaml
 from helpers import FIELDS, coarse_config, quantizers
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from data.shards import write_records
 from model import artifact
 from trainer.config import StageConfig, TrainConfig
 from trainer.metrics_reader import read_metrics
+from trainer.tensor_files import SlicedTensors
 
 SECONDS = 4.0
 STEPS = 60
@@ -75,3 +77,32 @@ def weights_digest(run):
 
 def rows(run, kind):
     return [row for row in read_metrics(run / "coarse" / "metrics.jsonl") if row["kind"] == kind]
+
+
+def checkpoint(run, step):
+    return run / "coarse" / "checkpoints" / f"step-{step:08d}"
+
+
+def holdings(folder):
+    """Every tensor of a checkpoint whole: {(kind, name): values}."""
+    paths = sorted(folder.glob("rank-*.safetensors"))
+    tensors = SlicedTensors(paths)
+    whole = {}
+    for (kind, name), slices in tensors._slices.items():
+        if kind != "random":
+            whole[kind, name] = torch.empty(max(first + count for first, count, *_ in slices))
+            tensors.read(kind, name, 0, whole[kind, name])
+    return whole
+
+
+def train_all(*runs):
+    """For `run_ranks`: trains in each of the folders, one after another."""
+    from trainer.engine import Engine, start_process_group
+    from trainer.setup import StageSetup
+    from trainer.training import Training
+
+    start_process_group()
+    for run in runs:
+        setup = StageSetup.read(run, "coarse")
+        Training(setup, Engine(setup.build_model(), setup.config.train)).run()
+    torch.distributed.destroy_process_group()

@@ -17,8 +17,8 @@ class TrainConfig(ExecutionConfig):
     """Processes (one GPU each where there are GPUs)."""
     global_batch: PositiveInt = 32
     """Windows a step, over all ranks."""
-    micro_batch: PositiveInt | Literal["auto"] | None = None
-    """Windows a rank and forward pass; global_batch / ranks when not given, the most that fit where `auto`."""
+    micro_batch: PositiveInt | None = None
+    """Windows a rank and forward pass; global_batch / ranks when not given."""
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "linear", "cosine", "wsd", "plateau"] = "cosine"
     warmup_steps: NonNegativeInt = 50
@@ -96,8 +96,7 @@ class TrainConfig(ExecutionConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        fixed = self.micro_batch if isinstance(self.micro_batch, int) else None
-        micro = fixed or (max(1, self.global_batch // self.ranks) if self.micro_batch is None else 1)
+        micro = self.micro_batch or max(1, self.global_batch // self.ranks)
         if self.global_batch % (micro * self.ranks):
             raise ValueError(
                 f"global_batch {self.global_batch} must be a multiple of ranks × micro_batch = {self.ranks} × {micro}"

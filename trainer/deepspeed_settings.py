@@ -78,17 +78,12 @@ def check_precision(config: TrainConfig, capability: tuple[int, int] | None) -> 
 
 def _decided(settings: dict[str, Any], config: TrainConfig, world_size: int) -> Iterator[tuple[str, Any, Any, str]]:
     """Key, value in the file (None: not said), value by the recipe, and the recipe's keys that decide it."""
-    automatic = config.micro_batch == "auto"
     micro_batch = _micro_batch(config, world_size)
     accumulation = config.global_batch // (micro_batch * world_size)
     for key, decided, origin in [
         ("train_batch_size", config.global_batch, "train.global_batch"),
-        ("train_micro_batch_size_per_gpu", "auto" if automatic else micro_batch, "train.micro_batch"),
-        (
-            "gradient_accumulation_steps",
-            "auto" if automatic else accumulation,
-            "train.global_batch and train.micro_batch",
-        ),
+        ("train_micro_batch_size_per_gpu", micro_batch, "train.micro_batch"),
+        ("gradient_accumulation_steps", accumulation, "train.global_batch and train.micro_batch"),
         ("gradient_clipping", config.clip, "train.clip"),
         ("steps_per_print", config.log_every, "train.log_every"),
     ]:
@@ -97,9 +92,7 @@ def _decided(settings: dict[str, Any], config: TrainConfig, world_size: int) -> 
 
 
 def _micro_batch(config: TrainConfig, world_size: int) -> int:
-    """Windows a rank and forward pass; 1 as long as it is to be found out."""
-    if config.micro_batch == "auto":
-        return 1
+    """Windows a rank and forward pass."""
     return config.micro_batch or max(1, config.global_batch // world_size)
 
 

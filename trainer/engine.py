@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,7 +24,7 @@ from model.dropping import Dropped
 from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
-from trainer.deepspeed_settings import deepspeed_config
+from trainer.deepspeed_settings import check_precision, deepspeed_config
 from trainer.fragments import Fragment, fragments, replicated, set_updates, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
@@ -77,14 +78,13 @@ def predicted_frames(batch: MicroBatch, field: str) -> int:
 
 
 class Engine:
-    """A stage under DeepSpeed ZeRO."""
+    """A stage under DeepSpeed ZeRO. What an NVMe file moves out of memory lies in `swap_folder`."""
 
-    def __init__(self, model: StageTransformer, config: TrainConfig) -> None:
+    def __init__(self, model: StageTransformer, config: TrainConfig, swap_folder: Path | None = None) -> None:
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
-        settings = deepspeed_config(config, self.world_size)
-        # The optimizer clips: DeepSpeed would wait for the device each step to look at the norm.
-        settings["gradient_clipping"] = 0.0
+        check_precision(config, torch.cuda.get_device_capability() if device().type == "cuda" else None)
+        settings = deepspeed_config(config, self.world_size, swap_folder)
         self.micro_batch: int = settings["train_micro_batch_size_per_gpu"]
         self.accumulation: int = settings["gradient_accumulation_steps"]
         groups = parameter_groups(model, model.config.transformer, config.learning_rate, config.weight_decay)

@@ -21,6 +21,10 @@ from trainer.config import StageConfig
 KIND = "stage"
 WEIGHTS = "model.safetensors"
 """What a trained stage leaves: an artifact of this kind with this file."""
+SWAP = "swap"
+"""Folder of what ZeRO moves to NVMe while a stage trains."""
+AVERAGE_WEIGHTS = "average.safetensors"
+"""And with this one where `ema_decay` is set: the moving average of its weights."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trainer.engine import Engine
 from trainer.metrics import Metrics
 from trainer.metrics_reader import METRICS, last_metrics
 from trainer.schedule import Schedule
-from trainer.setup import KIND, WEIGHTS, StageSetup
+from trainer.setup import AVERAGE_WEIGHTS, KIND, WEIGHTS, StageSetup
 from trainer.spikes import SpikeGuard
 from trainer.watchdog import Heartbeat
 
@@ -103,6 +103,7 @@ class Training:
         self.beat("writing the weights")
         self._write_weights()
         self._call("on_end")
+        self.checkpoints.close()
 
     def beat(self, what: str) -> None:
         """A sign of life: `what` begins. Whatever takes long gives one now and then."""
@@ -167,6 +168,7 @@ class Training:
         if state.bad_in_a_row >= self.config.most_bad_steps:
             self._save()
             self.checkpoints.finish()
+            self.checkpoints.close()
             stage = self.setup.stage
             good = self.step - state.bad_in_a_row
             raise Diverged(
@@ -190,6 +192,7 @@ class Training:
 
     def _interrupt(self) -> NoReturn:
         self.metrics.close()
+        self.checkpoints.close()
         raise Interrupted(f"stopped at step {self.step} of {self.config.steps}")
 
     def _save(self) -> None:
@@ -233,15 +236,20 @@ class Training:
 
     def _write_weights(self) -> None:
         """The finished stage: its fp32 weights and a manifest, which makes the folder an artifact."""
-        weights = {name: value for name, value in self.engine.full_weights() if self.engine.rank == 0}
+        names = [WEIGHTS, AVERAGE_WEIGHTS] if self.engine.averages else [WEIGHTS]
+        parameters = [self._write_tensors(name) for name in names]
         if self.engine.rank == 0:
-            partial = self.setup.folder / f".{WEIGHTS}{artifact.PARTIAL}"
-            save_file(weights, partial)
-            partial.replace(self.setup.folder / WEIGHTS)
-            info = {
-                "steps": self.step,
-                "parameters": sum(value.numel() for value in weights.values()),
-                "model": self.setup.config.model.model_dump(mode="json"),
-            }
-            artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, info=info, names=[WEIGHTS])
+            model = self.setup.config.model.model_dump(mode="json")
+            info = {"steps": self.step, "parameters": parameters[0], "model": model}
+            artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, info=info, names=names)
         self.engine.barrier()
+
+    def _write_tensors(self, name: str) -> int:
+        """Rank 0 writes the whole weights, or their average, and returns how many there are."""
+        average = name == AVERAGE_WEIGHTS
+        weights = {key: value for key, value in self.engine.full_weights(average) if self.engine.rank == 0}
+        if self.engine.rank == 0:
+            partial = self.setup.folder / f".{name}{artifact.PARTIAL}"
+            save_file(weights, partial)
+            partial.replace(self.setup.folder / name)
+        return sum(value.numel() for value in weights.values())

@@ -13,6 +13,12 @@ def bundle(context: Context) -> dict[str, Any]:
     return export_bundle(context.run, context.folder, context.progress)
 
 
+def average_bundle(context: Context) -> dict[str, Any]:
+    from trainer.export import export_bundle
+
+    return export_bundle(context.run, context.folder, context.progress, average=True)
+
+
 def samples(context: Context) -> dict[str, Any]:
     from trainer.adherence import make_samples
 

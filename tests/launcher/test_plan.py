@@ -187,13 +187,6 @@ def test_the_choice_with_the_least_traffic_that_fits_is_advised() -> None:
     assert advised(WIDE, gpu="rtx-4090", gpus=1) == ("zero2_offload", 1)
 
 
-def test_the_largest_micro_batch_that_fits_is_taken_for_auto() -> None:
-    auto = "stage_defaults.train.micro_batch=auto"
-    assert coarse(auto).micro_batch == 16
-    assert coarse(auto, gpu="h200").micro_batch == 32
-    assert coarse(auto, "stage_defaults.train.recompute=block").micro_batch == 32  # all that a rank has of a step
-
-
 def test_recomputation_leaves_fewer_activations() -> None:
     none, selective, block = (
         coarse(f"stage_defaults.train.recompute={name}").choice("zero1").memory.activations

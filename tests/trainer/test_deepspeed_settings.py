@@ -59,7 +59,6 @@ def test_a_file_may_repeat_what_the_recipe_says_or_leave_it_open(tmp_path):
     [
         ({"train_batch_size": 32}, {}, ["train_batch_size is 32", "says 16", "train.global_batch"]),
         ({"train_micro_batch_size_per_gpu": 4}, {}, ["train_micro_batch_size_per_gpu is 4", "8", "train.micro_batch"]),
-        ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": "auto"}, ["is 4", "auto", "train.micro_batch"]),
         ({"gradient_accumulation_steps": 4}, {}, ["gradient_accumulation_steps is 4", "1", "train.micro_batch"]),
         ({"gradient_clipping": 0.5}, {}, ["gradient_clipping is 0.5", "1.0", "train.clip"]),
         ({"steps_per_print": 7}, {}, ["steps_per_print is 7", "10", "train.log_every"]),

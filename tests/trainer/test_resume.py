@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from ranks import run_ranks
-from training_runs import make_run, rows
+from training_runs import checkpoint, holdings, make_run, rows, train_all
 
 from trainer.checkpoint import rank_file
 from trainer.tensor_files import SlicedTensors, write_tensors
@@ -19,19 +19,6 @@ EXACT = {"steps": 10, "warmup_steps": 2, "log_every": 1, "validate_every": 5, "c
 POINTS = {"in an epoch": 4, "at its end": 6, "after it": 7}
 ELASTIC = {"steps": 26, "warmup_steps": 2, "log_every": 1, "validate_every": 99, "checkpoint_every": 6, "keep_last": 99}
 SAVED = 6
-
-
-def job(*runs):
-    """Trains in each of the folders, one after another."""
-    from trainer.engine import Engine, start_process_group
-    from trainer.setup import StageSetup
-    from trainer.training import Training
-
-    start_process_group()
-    for run in runs:
-        setup = StageSetup.read(run, "coarse")
-        Training(setup, Engine(setup.build_model(), setup.config.train)).run()
-    torch.distributed.destroy_process_group()
 
 
 def reload(run, dump):
@@ -59,10 +46,6 @@ def copied(run, folder, step, **train):
     return folder
 
 
-def checkpoint(run, step):
-    return run / "coarse" / "checkpoints" / f"step-{step:08d}"
-
-
 def files(folder):
     """What a checkpoint holds, byte for byte, but for its manifest, which has times and versions."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
@@ -71,9 +54,9 @@ def files(folder):
 def same_from_there(tmp_path, zero, ranks, workers, precision):
     settings = {"zero": zero, "workers": workers, "precision": precision, "ema_decay": 0.9}
     run = make_run(tmp_path / "run", **EXACT, **settings)
-    run_ranks(job, ranks, tmp_path / "log", run)
+    run_ranks(train_all, ranks, tmp_path / "log", run)
     resumed = {name: copied(run, tmp_path / name, step) for name, step in POINTS.items()}
-    run_ranks(job, ranks, tmp_path / "resumed log", *resumed.values())
+    run_ranks(train_all, ranks, tmp_path / "resumed log", *resumed.values())
     for name, other in resumed.items():
         assert files(checkpoint(other, EXACT["steps"])) == files(checkpoint(run, EXACT["steps"])), name
         for kind in ("train", "validation"):
@@ -110,23 +93,11 @@ def uninterrupted(tmp_path_factory):
         if (zero, ranks) not in made:
             folder = tmp_path_factory.mktemp(f"{zero}-{ranks}")
             run = make_run(folder / "run", global_batch=12, zero=zero, precision="fp32", ema_decay=0.9, **ELASTIC)
-            run_ranks(job, ranks, folder / "log", run)
+            run_ranks(train_all, ranks, folder / "log", run)
             made[zero, ranks] = run
         return made[zero, ranks]
 
     return get
-
-
-def holdings(folder):
-    """Every tensor of a checkpoint whole: {(kind, name): values}."""
-    paths = sorted(folder.glob("rank-*.safetensors"))
-    tensors = SlicedTensors(paths)
-    whole = {}
-    for (kind, name), slices in tensors._slices.items():
-        if kind != "random":
-            whole[kind, name] = torch.empty(max(first + count for first, count, *_ in slices))
-            tensors.read(kind, name, 0, whole[kind, name])
-    return whole
 
 
 RANKS = ((2, 1), (1, 2), (2, 3), (2, 4))
@@ -150,7 +121,7 @@ def test_a_run_goes_on_with_other_ranks_and_zero(tmp_path, uninterrupted, zero, 
     assert {kind for kind, _ in after} == {"weights", "exp_avg", "exp_avg_sq", "average"}
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
-    run_ranks(job, new_ranks, tmp_path / "log", run)
+    run_ranks(train_all, new_ranks, tmp_path / "log", run)
     expected = [row["loss"] for row in rows(alone, "train")][SAVED:]
     found = [row["loss"] for row in rows(run, "train")][SAVED:]
     assert len(found) == 20
@@ -165,7 +136,7 @@ def test_every_zero_learns_alike(tmp_path):
     settings = {"steps": 50, "log_every": 1, "validate_every": 99, "checkpoint_every": 99, "precision": "fp32"}
     settings["learning_rate"] = 1e-3  # at which the loss does not come near zero, where rounding is all there is
     runs = {zero: make_run(tmp_path / zero, zero=zero, **settings) for zero in ("zero0", "zero1", "zero2", "zero3")}
-    run_ranks(job, 2, tmp_path / "log", *runs.values())
+    run_ranks(train_all, 2, tmp_path / "log", *runs.values())
     losses = {zero: [row["loss"] for row in rows(run, "train")] for zero, run in runs.items()}
     assert len(losses["zero0"]) == 50
     for zero in ("zero1", "zero2", "zero3"):
