@@ -229,7 +229,7 @@ def _done(stage: StageStatus) -> str:
 
 def _speed(stage: StageStatus) -> str:
     """How fast a stage trains, or trained at its last log, what it waits for and what it has left out."""
-    parts = [short(stage.tokens_per_second, "tokens/s")] if stage.tokens_per_second is not None else []
+    parts = [f"{short(stage.tokens_per_second)} tokens/s"] if stage.tokens_per_second is not None else []
     if stage.mfu is not None:
         parts.append(f"MFU {stage.mfu:.1%}")
     if stage.data_wait is not None:

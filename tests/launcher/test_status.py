@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 from synthetic_run import make_run, running
 
+from launcher.figures import stage_figures
+from launcher.inspect import inspect
 from launcher.status import print_status, read_status
 from model.errors import UserError
 
@@ -60,6 +62,31 @@ def test_a_running_stage_shows_its_step_speed_log_and_time_left(run: Path) -> No
     assert "300 / 600" in text
     assert "1 min left" in text
     assert "logs/coarse.log" in text.replace("\n", "")
+
+
+def change_last_row(run: Path, **figures: object) -> None:
+    """Adds figures to the last training row of the coarse stage, or changes them."""
+    path = run / "coarse" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    [row for row in rows if row["kind"] == "train"][-1].update(figures)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_stage_shows_how_well_it_uses_the_machine(run: Path) -> None:
+    change_last_row(run, mfu=0.4217, data_wait=0.031, skipped=3)
+    text = shown(run)
+    assert "coarse: 20 k tokens/s, MFU 42.2%, 3% waiting for data, 3 steps left out" in text
+    assert "semantic: 20 k tokens/s\n" in text
+    coarse = next(stage for stage in json.loads(shown(run, as_json=True))["stages"] if stage["name"] == "coarse")
+    assert (coarse["mfu"], coarse["data_wait"], coarse["skipped"]) == (0.4217, 0.031, 3)
+
+
+def test_a_loss_that_was_not_finite_is_a_gap_and_no_error(run: Path) -> None:
+    change_last_row(run, loss=None, finite=False)
+    assert "600 / 600" in shown(run)
+    curve = stage_figures(run, "coarse", None)["train"]  # type: ignore[index]
+    assert [step for step, loss in curve][-2:] == [580, 590]
+    assert "steps 10 to 590" in inspect(run / "coarse" / "metrics.jsonl").facts["train"]
 
 
 def test_progress_of_other_stages_comes_from_their_progress_file(run: Path) -> None:
