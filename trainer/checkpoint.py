@@ -108,12 +108,6 @@ class Checkpointer:
         An earlier write that is still under way is waited for. Without `checkpoint_async` this one is too.
         """
         self.finish()
-        validation = info.get("validation")
-        if validation and self.config.keep_best and self.config.keep_best not in validation:
-            known = ", ".join(sorted(validation))
-            raise UserError(
-                f"train.keep_best={self.config.keep_best}: there is no such figure; validations give {known}."
-            )
         started = time.monotonic()
         folder = self._hidden(step, artifact.PARTIAL)
         tensors = self._copy()
