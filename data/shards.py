@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from streaming import MDSWriter, StreamingDataset
+from streaming import LocalDataset, MDSWriter, StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import prefix as streaming_prefix
 
@@ -56,6 +56,12 @@ def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> int:
 def count_records(folder: Path) -> int:
     """How many records the shards of `folder` hold."""
     return sum(shard["samples"] for shard in json.loads((folder / INDEX).read_text())["shards"])
+
+
+def first_records(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` records of `folder`, or all where there are fewer, read by this process alone."""
+    records = LocalDataset(str(folder))
+    return [records[number] for number in range(min(count, len(records)))]
 
 
 def check_shards(tokens: Path, rank: int, world_size: int) -> list[str]:

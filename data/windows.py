@@ -46,6 +46,31 @@ class Cut:
     short: bool = False
     """A record shorter than a window is a window of its own length, in whole steps of the grid."""
 
+    @classmethod
+    def of(
+        cls,
+        tokens: dict[str, Any],
+        fields: list[str],
+        seconds: float,
+        text_probability: float,
+        seed: int,
+        *,
+        fixed: bool,
+        short: bool,
+    ) -> Cut:
+        """Of the `fields`, conditioning included where wanted, of a token artifact whose manifest says `tokens`."""
+        return cls(
+            tuple(TokenField.from_json(tokens["fields"][name]) for name in fields if name != CONDITIONING),
+            CONDITIONING in fields,
+            seconds,
+            tokens["embedding_seconds"],
+            tokens["hop_seconds"],
+            text_probability,
+            seed,
+            fixed,
+            short,
+        )
+
     @cached_property
     def period(self) -> Fraction:
         """The grid windows start on, in seconds: there all fields start a frame together."""
@@ -58,7 +83,7 @@ class Cut:
 
     def __call__(self, record: dict[str, Any], epoch: int) -> Window:
         place, choice, text, draw = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
-        seconds = self._length(record)
+        seconds = self.length(record)
         frames = {field.name: field.frames(seconds) for field in self.fields}
         last = min(((len(record[name]) - count) // self._steps[name] for name, count in frames.items()), default=0)
         start = int(place * (last + 1))
@@ -75,7 +100,7 @@ class Cut:
         window[DRAW] = np.array(draw)
         return window
 
-    def _length(self, record: dict[str, Any]) -> float:
+    def length(self, record: dict[str, Any]) -> float:
         """Seconds of the window of a record."""
         if all(len(record[field.name]) >= field.frames(self.seconds) for field in self.fields):
             return self.seconds
@@ -194,17 +219,7 @@ def window_loader(
             f"A window of {window_seconds:g} s (model.window_seconds of the stage) is longer than the clips "
             f"(data.clip_seconds={info['clip_seconds']:g})."
         )
-    cut = Cut(
-        tuple(TokenField.from_json(info["fields"][name]) for name in fields if name != CONDITIONING),
-        CONDITIONING in fields,
-        window_seconds,
-        info["embedding_seconds"],
-        info["hop_seconds"],
-        text_probability,
-        seed,
-        fixed=not shuffle,
-        short=packed,
-    )
+    cut = Cut.of(info, fields, window_seconds, text_probability, seed, fixed=not shuffle, short=packed)
     ranks, count = world_size(), count_records(tokens / split)
     if shuffle:
         if global_batch is None or global_batch % (batch * ranks):

@@ -84,10 +84,7 @@ class MusicPipeline:
         for name in STAGES:
             stage = build_stage(StageModelConfig.model_validate(info["stages"][name]), fields, quantizers)
             stage.load_state_dict(load_file(bundle.path / f"{name}.safetensors"))
-            stages[name] = stage.to(device).eval()
-            for weight in stage.parameters():  # as in training, the centroids of summed conditions stay in fp32
-                weight.data = weight.data.to(weights)
-            stage.configure(ExecutionConfig())  # last: it looks at the weights' device and type
+            stages[name] = ready(stage, device, weights)
         return cls(
             stages,
             fields,
@@ -162,10 +159,7 @@ class MusicPipeline:
     def _samplers(self, asked: SamplingConfig) -> dict[StageName, Sampler]:
         """One sampler a stage: what the caller asks for, then what the bundle says, then the plain value."""
         chosen = {name: getattr(self.sampling, name) | getattr(asked, name) for name in SamplingConfig.model_fields}
-        return {
-            stage: Sampler(**{name: values[stage] for name, values in chosen.items() if stage in values})
-            for stage in self.stages
-        }
+        return samplers(SamplingConfig(**chosen))
 
     def _acoustic_codes(
         self,
@@ -198,6 +192,24 @@ class MusicPipeline:
     @property
     def _device(self) -> torch.device:
         return self.stages["semantic"].embedding.weight.device
+
+
+def ready(stage: StageTransformer, device: torch.device, dtype: torch.dtype) -> StageTransformer:
+    """`stage`, moved, to make music on `device` with weights of `dtype`."""
+    stage.to(device).eval()
+    for weight in stage.parameters():  # as in training, the centroids of summed conditions stay in fp32
+        weight.data = weight.data.to(dtype)
+    stage.configure(ExecutionConfig())  # last: it looks at the weights' device and type
+    return stage
+
+
+def samplers(config: SamplingConfig) -> dict[StageName, Sampler]:
+    """How each stage draws."""
+    chosen = {name: getattr(config, name) for name in SamplingConfig.model_fields}
+    return {
+        stage: Sampler(**{name: values[stage] for name, values in chosen.items() if stage in values})
+        for stage in STAGES
+    }
 
 
 def choose_device(name: torch.device | str | None) -> torch.device:

@@ -59,18 +59,20 @@ def generate_window(
     uniform: Tensor,
     known: Tensor | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Codes `[B, frames, Q]` of one window.
 
     `conditions` maps fields to codes that start where the window starts; `uniform [B, frames, Q]` holds the random
-    numbers; the first frames may be `known [B, K, Q]` and are then kept. Raises UserError where the conditions do not
-    fit the stage or logits are not finite.
+    numbers; the first frames may be `known [B, K, Q]` and are then kept; `dropped [B, N]` (bool) names the conditions,
+    in the recipe's order, that a row does without, though it has codes for them. Raises UserError where the conditions
+    do not fit the stage or logits are not finite.
     """
     batch = len(uniform)
     stage.check(conditions, frames)
     pattern = stage.pattern(frames)
     guided = sampler.cfg != 1.0 and len(stage.conditions) > 0
-    dropped = stage.keep_all(batch, uniform.device)
+    dropped = stage.keep_all(batch, uniform.device) if dropped is None else dropped
     if guided:  # the unconditioned pass rides in the same batch
         conditions = {name: codes.repeat(2, 1, 1) for name, codes in conditions.items()}
         dropped = torch.cat([dropped, torch.ones_like(dropped)])
@@ -134,10 +136,12 @@ def generate_stage(
     seeds: list[int],
     overlap: float = 0.5,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Codes `[B, frames, Q]` for `seconds`, window after window; `overlap` is a share of the window.
 
-    `conditions` hold whole-length codes, except the conditioning row `[B, 1, Q]`, which every window sees. The same
+    `conditions` hold whole-length codes, except the conditioning row `[B, 1, Q]`, which every window sees; of those
+    that `dropped [B, N]` names for a row, it sees none. The same
     seed gives the same codes whatever else is in the batch.
     """
     stage = prepacked(stage)
@@ -164,7 +168,9 @@ def generate_stage(
         def report(step: int, steps: int, number: int = number) -> None:
             on_step(number * steps + step, len(starts) * steps)
 
-        codes[:, first:end] = generate_window(stage, cut, end - first, sampler, uniform[:, first:end], known, report)
+        codes[:, first:end] = generate_window(
+            stage, cut, end - first, sampler, uniform[:, first:end], known, report, dropped
+        )
         done = end
     return codes
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,16 @@ def restore(tensors: dict[str, Tensor]) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+@contextlib.contextmanager
+def preserved() -> Iterator[None]:
+    """What is drawn in it is not missed afterwards."""
+    before = capture()
+    try:
+        yield
+    finally:
+        restore(before)
 
 
 def seed(number: int) -> None:

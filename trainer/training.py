@@ -42,7 +42,12 @@ def callbacks(setup: StageSetup, engine: Engine) -> list[Callback]:
     from trainer.garbage import GarbageCollection
     from trainer.profiling import Profiling
 
-    return [Evaluation(setup, engine), Profiling(setup, engine), GarbageCollection()]
+    found: list[Callback] = [Evaluation(setup, engine), Profiling(setup, engine), GarbageCollection()]
+    if setup.config.train.sample_every is not None:
+        from trainer.samples import Samples
+
+        found.append(Samples(setup, engine))
+    return found
 
 
 def check_tokens(setup: StageSetup, engine: Engine) -> None:
@@ -241,7 +246,7 @@ class Training:
         if self.engine.rank == 0:
             model = self.setup.config.model.model_dump(mode="json")
             info = {"steps": self.step, "parameters": parameters[0], "model": model}
-            artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, info=info, names=names)
+            artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, self.setup.identity, info, names)
         self.engine.barrier()
 
     def _write_tensors(self, name: str) -> int:
