@@ -37,11 +37,16 @@ def seal(folder: Path, identity: dict[str, str], info: dict[str, Any], files: di
     artifact.seal(folder, KIND, artifact.fingerprint(identity, info, files), identity, info, files)
 
 
+def genuine(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest says what `seal` wrote."""
+    said = (manifest.get(key) for key in ("inputs", "info", "files"))
+    return artifact.fingerprint(*said) == manifest.get("fingerprint")
+
+
 def read(folder: Path) -> artifact.Artifact:
     """A checkpoint and what its manifest says. Raises UserError where there is none, or the manifest has changed."""
     found = artifact.read(folder, KIND)
-    said = (found.manifest.get(key) for key in ("inputs", "info", "files"))
-    if artifact.fingerprint(*said) != found.manifest.get("fingerprint"):
+    if not genuine(found.manifest):
         raise UserError(f"{folder / artifact.MANIFEST} has changed since it was written")
     return found
 

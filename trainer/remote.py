@@ -33,7 +33,7 @@ from botocore.exceptions import (
 
 from model import artifact
 from model.errors import UserError
-from trainer.checkpoint_folder import figure, read, step_name, steps_in, superseded
+from trainer.checkpoint_folder import figure, genuine, read, step_name, steps_in, superseded
 from trainer.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,11 @@ class Remote:
         parsed = urlparse(address)
         self.bucket = parsed.netloc
         self.prefix = "/".join(part for part in (parsed.path.strip("/"), stage) if part)
-        with self._plain_errors():
-            self._client = boto3.client("s3", config=SETTINGS)
+        try:
+            with self._plain_errors():
+                self._client = boto3.client("s3", config=SETTINGS)
+        except ValueError as error:  # boto3's, of AWS_ENDPOINT_URL or the region
+            raise UserError(f"s3://{self.bucket} cannot be used (train.upload): {error}") from None
 
     def url(self, step: int) -> str:
         return f"s3://{self.bucket}/{self._key(step)}"
@@ -84,20 +87,21 @@ class Remote:
         """The manifests of the steps whose files are all there, with the right sizes."""
         found = {}
         for step, sizes in self.listing().items():
-            if artifact.MANIFEST not in sizes:
-                continue
-            try:
-                manifest = json.loads(self.manifest(step))
-                if all(sizes.get(name) == file["bytes"] for name, file in manifest["files"].items()):
-                    found[step] = manifest
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-                continue
+            manifest = self._manifest(step) if artifact.MANIFEST in sizes else None
+            if manifest and all(sizes.get(name) == file["bytes"] for name, file in manifest["files"].items()):
+                found[step] = manifest
         return found
 
-    def manifest(self, step: int) -> bytes:
+    def _manifest(self, step: int) -> dict[str, Any] | None:
+        """What the manifest of a step says; None where it is damaged."""
         with self._plain_errors():
             answer = self._client.get_object(Bucket=self.bucket, Key=self._key(step, artifact.MANIFEST))
-            return answer["Body"].read()
+            text = answer["Body"].read()
+        try:
+            manifest = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return manifest if isinstance(manifest, dict) and genuine(manifest) else None
 
     def upload(self, step: int, folder: Path) -> None:
         """Copies a finished checkpoint; what stood there is no checkpoint from the first moment on."""

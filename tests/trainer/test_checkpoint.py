@@ -12,7 +12,6 @@ from ranks import run_ranks, start_ranks
 from training_runs import make_run, rows, weights_digest
 
 from model import artifact
-from model.errors import UserError
 from trainer import checkpoint_folder
 from trainer.checkpoint_folder import problems, step_name, steps_in, superseded
 from trainer.config import TrainConfig
