@@ -139,7 +139,7 @@ class Samples(Callback):
             self.engine.most(1)
 
     def _make(self, step: int, weights: dict[str, Tensor], beat: Callable[[], None]) -> None:
-        stages = self._stages(weights)
+        stages = self._stages(weights, beat)
         audible = max((stage.quantizers.stop for stage in stages.values() if stage.target.name == ACOUSTIC), default=0)
         folder = self.setup.folder / "samples" / f"step-{step:08d}"
         for number, clip in enumerate(self.clips):
@@ -161,13 +161,14 @@ class Samples(Callback):
     def codec(self) -> Codec:
         return load_codec(artifact.read(self.setup.run / "codec", "codec").path, self.encoders.codec)
 
-    def _stages(self, weights: dict[str, Tensor]) -> dict[StageName, StageTransformer]:
+    def _stages(self, weights: dict[str, Tensor], beat: Callable[[], None]) -> dict[StageName, StageTransformer]:
         """This stage with `weights` and, in order, those after it, up to the first that has none yet."""
         own = self.setup.build_model()
         own.load_state_dict(weights)
         found: dict[StageName, StageTransformer] = {}
         missing = None
         for name in STAGES[STAGES.index(self.setup.stage) :]:  # type: ignore[arg-type]
+            beat()
             stage = own if name == self.setup.stage else trained_stage(self.setup.run, name)
             if stage is None:
                 missing = name
