@@ -177,8 +177,8 @@ class Samples(Callback):
         if missing and missing != self._missing:
             some = any(stage.target.name == ACOUSTIC for stage in found.values())
             log.info(
-                "samples %s until stage %r has weights that fit this run",
-                "sound of the first codebooks only" if some else "are codes without sound",
+                "samples have %s until stage %r has weights that fit this run",
+                "the first codebooks only" if some else "codes but no sound",
                 missing,
             )
         self._missing = missing

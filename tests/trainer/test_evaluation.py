@@ -10,7 +10,7 @@ import torch
 from helpers import FIELDS, quantizers
 from ranks import run_ranks
 from safetensors.torch import load_file
-from training_runs import make_run, rows, weights_digest
+from training_runs import make_run, rows, train_all, weights_digest
 
 from model.errors import UserError
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
@@ -23,18 +23,6 @@ from trainer.setup import StageSetup
 SHORT = {"steps": 6, "warmup_steps": 1, "log_every": 3, "validate_every": 3, "checkpoint_every": 6}
 LENGTHS = (4.0, 1.5, 0.7, 2.2)
 """Seconds of clips, some shorter than a window of 2 s."""
-
-
-def job(*runs):
-    """Trains in each of the folders, one after another."""
-    from trainer.engine import Engine, start_process_group
-    from trainer.training import Training
-
-    start_process_group()
-    for run in runs:
-        setup = StageSetup.read(run, "coarse")
-        Training(setup, Engine(setup.build_model(), setup.config.train)).run()
-    torch.distributed.destroy_process_group()
 
 
 def validate_and_look(run):
@@ -77,15 +65,21 @@ def expected(run, precision):
     return torch.stack([torch.cat(losses).mean(0), torch.cat(hits).mean(0)])
 
 
-@pytest.mark.parametrize(
-    ("zero", "precision", "ranks", "packing"),
-    [("zero0", "fp32", 1, False), ("zero2", "fp32", 2, True), ("zero3", "bf16", 2, False), ("zero3", "bf16", 2, True)],
-)
-def test_figures_are_what_all_logits_give(tmp_path, zero, precision, ranks, packing):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_figures_are_what_all_logits_give(tmp_path, ranks):
     """Ten windows in batches of four, of which the last is smaller, or packed ones of different lengths."""
-    settings = {"zero": zero, "precision": precision, "packing": packing, "lengths": LENGTHS if packing else (4.0,)}
-    run = make_run(tmp_path / "run", micro_batch=4, **settings, **{**SHORT, "steps": 12})
-    run_ranks(job, ranks, tmp_path / "log", run)
+    cases = [("zero0", "fp32", False), ("zero2", "fp32", True), ("zero3", "bf16", False), ("zero3", "bf16", True)]
+    runs = {}
+    for zero, precision, packing in cases:
+        settings = {"zero": zero, "precision": precision, "packing": packing, "lengths": LENGTHS if packing else (4.0,)}
+        folder = tmp_path / f"{zero} {precision} {packing}"
+        runs[make_run(folder, micro_batch=4, **settings, **{**SHORT, "steps": 12})] = precision
+    run_ranks(train_all, ranks, tmp_path / "log", *runs)
+    for run, precision in runs.items():
+        check_figures(run, precision)
+
+
+def check_figures(run, precision):
     row = rows(run, "validation")[-1]
     losses, accuracies = expected(run, precision)
     near = {"rel": 1e-4} if precision == "fp32" else {"rel": 1e-2}
@@ -105,14 +99,20 @@ def test_a_validation_changes_nothing(tmp_path):
     run_ranks(validate_and_look, 2, tmp_path / "log", make_run(tmp_path / "run", zero="zero3", **SHORT))
 
 
-@pytest.mark.parametrize(("zero", "packing"), [("zero1", False), ("zero3", True)])
-def test_how_often_a_stage_validates_is_all_the_same_to_its_weights(tmp_path, zero, packing):
-    settings = {**SHORT, "zero": zero, "packing": packing}
-    often, never = (make_run(tmp_path / f"{every}", **{**settings, "validate_every": every}) for every in (1, 99))
-    run_ranks(job, 2, tmp_path / "log", often, never)
-    assert [row["step"] for row in rows(often, "validation")] == [0, 1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows(never, "validation")] == [0, 6]
-    assert weights_digest(often) == weights_digest(never)
+def test_how_often_a_stage_validates_is_all_the_same_to_its_weights(tmp_path):
+    cases = [{"zero": "zero1", "packing": False}, {"zero": "zero3", "packing": True}]
+    runs = [
+        [
+            make_run(tmp_path / f"{case['zero']} {every}", **SHORT | case | {"validate_every": every})
+            for every in (1, 99)
+        ]
+        for case in cases
+    ]
+    run_ranks(train_all, 2, tmp_path / "log", *runs[0], *runs[1])
+    for often, never in runs:
+        assert [row["step"] for row in rows(often, "validation")] == [0, 1, 2, 3, 4, 5, 6]
+        assert [row["step"] for row in rows(never, "validation")] == [0, 6]
+        assert weights_digest(often) == weights_digest(never)
 
 
 def test_a_large_validation_set_can_be_cut(tmp_path):

@@ -127,7 +127,7 @@ def test_a_stage_in_training_is_heard_and_does_not_notice(tmp_path):
     assert picture.height > 200
     histograms = set(board.Tags()["histograms"])
     assert {f"codes of acoustic {quantizer}/prompted/0" for quantizer in (0, 1)} <= histograms
-    assert "first codebooks only" not in (heard / "coarse" / "log.txt").read_text()
+    assert "until stage" not in (heard / "coarse" / "log.txt").read_text()
 
 
 def test_what_can_be_heard_depends_on_the_stages_there_are(tmp_path):
@@ -142,10 +142,10 @@ def test_what_can_be_heard_depends_on_the_stages_there_are(tmp_path):
     heard = {name: sounds(runs[name], stage, 4) for name, stage in trained.items()}
     said = {name: (runs[name] / stage / "log.txt").read_text() for name, stage in trained.items()}
     assert not heard["semantic alone"]
-    assert said["semantic alone"].count("samples are codes without sound until stage 'coarse'") == 1
+    assert said["semantic alone"].count("samples have codes but no sound until stage 'coarse'") == 1
     assert "codes of semantic 0/unprompted/1" in events(runs["semantic alone"], "semantic").Tags()["histograms"]
     for name in ("semantic and coarse", "coarse alone"):
-        assert said[name].count("sound of the first codebooks only until stage 'fine'") == 1
+        assert said[name].count("samples have the first codebooks only until stage 'fine'") == 1
     for name in names[1:]:
         assert len(heard[name]) == 6
     assert "until stage" not in said["all"] + said["fine"]
