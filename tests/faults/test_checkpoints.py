@@ -27,7 +27,7 @@ from training_runs import make_run, rows, weights_digest
 from trainer.checkpoint_folder import problems, step_name, steps_in
 from trainer.exit_codes import FAULT, HUNG
 
-STEPS, EVERY = 60, 2
+STEPS, EVERY = 40, 2
 SETTINGS = {
     "warmup_steps": 2,
     "log_every": 1,
@@ -379,7 +379,7 @@ def test_killed_at_forty_random_moments(alone, tmp_path, table):
     kind = "SIGKILL at a random moment"
     begun = time.monotonic()
     expected = alone(STEPS)
-    longest = min(6.0, max(3.0, time.monotonic() - begun))
+    longest = min(4.0, max(2.0, time.monotonic() - begun))
     number = 0
     while table.records[kind].tried < 40:
         run = make_run(tmp_path / f"{number}" / "run", steps=STEPS, **SETTINGS)
@@ -394,11 +394,11 @@ def test_killed_at_forty_random_moments(alone, tmp_path, table):
 def damage(run, name, how):
     path = checkpoints(run) / step_name(6) / name
     if how == "folder gone":
-        shutil.rmtree(path.parent)
+        shutil.rmtree(path)
     elif how == "deleted":
         path.unlink()
     elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif how == "emptied":
         path.write_bytes(b"")
     elif how == "one byte flipped":
@@ -411,9 +411,11 @@ FILES = ("rank-0000.safetensors", "rank-0001.safetensors", "state.json", "manife
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["deleted", "truncated", "emptied", "one byte flipped", "folder gone"])
-def test_damaged(started, alone, table, name, how):
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [*itertools.product(["deleted", "truncated", "emptied", "one byte flipped"], FILES), ("folder gone", "")],
+)
+def test_damaged(started, alone, table, how, name):
     run = started(8)
     damage(run, name, how)
     table.tried(f"checkpoint: {how}")
@@ -466,7 +468,7 @@ def full(started, alone, small_disk, table, room, asynchronous):
     """`room` says what of the third checkpoint still finds room beside the two that are kept."""
     run = started(12, checkpoint_async=asynchronous)
     sizes = {name: on_disk(checkpoints(run) / step_name(6) / name) for name in FILES}
-    size = 2 * sum(sizes.values()) + sum(sizes[name] for name in room) + 4096 * len(room)
+    size = 2 * sum(sizes.values()) + sum(sizes[name] for name in room)
     small_disk(run, size)
     kind = f"disk full, {len(room)} files of a checkpoint written"
     table.tried(kind)
