@@ -297,7 +297,7 @@ DAMAGED = 50
 """The step of a checkpoint that is planted to be passed over."""
 
 
-@pytest.mark.parametrize(("rank", "asynchronous", "points"), [(0, True, [3, 10, 17]), (1, False, [3])])
+@pytest.mark.parametrize(("rank", "asynchronous", "points"), [(0, True, [3, 10, 20]), (1, False, [3])])
 def test_killed_in_a_save(started, alone, table, rank, asynchronous, points):
     run = started(16, checkpoint_async=asynchronous)
     killed_at(points, killed_in_save, run, rank, 2, "SIGKILL in a save, a sample", table)
