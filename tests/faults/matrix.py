@@ -1,0 +1,132 @@
+"""What tests of faults share: jobs that die, the same command after them, and a table of what came of it.
+
+Nothing in the product is made for them: the ranks of a test change themselves, or get signals.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import yaml
+from ranks import start_ranks
+from training_runs import rows, weights_digest
+
+from trainer.checkpoint_folder import problems, step_name, steps_in
+
+STEPS, EVERY = 40, 2
+SETTINGS = {
+    "warmup_steps": 2,
+    "log_every": 1,
+    "validate_every": 99,
+    "checkpoint_every": EVERY,
+    "global_batch": 6,
+    "schedule": "constant",  # so that a longer run begins as a shorter one
+}
+KILLED = -signal.SIGKILL
+FILES = ("rank-0000.safetensors", "rank-0001.safetensors", "state.json", "manifest.json")
+"""Of a checkpoint of two ranks."""
+
+
+def job(run):
+    from trainer.__main__ import train
+
+    return train(run, "coarse")
+
+
+def checkpoints(run):
+    return run / "coarse" / "checkpoints"
+
+
+def good_steps(run):
+    return [step for step in steps_in(checkpoints(run)) if not problems(checkpoints(run) / step_name(step))]
+
+
+def last_step(run):
+    return max((row["step"] for row in rows(run, "train")), default=0)
+
+
+def resumptions(run):
+    """From which steps the jobs of a run went on."""
+    log = run / "coarse" / "logs" / "rank-0000.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line.split("resumed at step ")[1].split()[0]) for line in lines if "resumed at step" in line]
+
+
+def change(run, **train):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stages"]["coarse"]["train"].update(train)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@dataclass
+class Record:
+    """What came of one kind of fault."""
+
+    tried: int = 0
+    survived: int = 0
+    lost: int = 0
+    """Steps that were done and had to be done again."""
+    most: int = 0
+
+
+class Table:
+    """What came of every kind."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = defaultdict(Record)
+
+    def tried(self, kind: str) -> None:
+        self.records[kind].tried += 1
+
+    def survived(self, kind: str, lost: int = 0) -> None:
+        record = self.records[kind]
+        record.survived += 1
+        record.lost += lost
+        record.most = max(record.most, lost)
+
+    def lines(self):
+        yield f"{'fault':<52} {'tried':>6} {'survived':>9} {'lost steps':>11} {'at most':>8}"
+        for kind, record in self.records.items():
+            yield f"{kind:<52} {record.tried:>6} {record.survived:>9} {record.lost:>11} {record.most:>8}"
+
+
+def attempt(function, ranks, run, *arguments, timeout=120):
+    """Exit codes of a job that goes on from the newest good checkpoint, and what it prints. When a rank fails the
+    others are told to stop, as the launcher does."""
+    expected, before = max(good_steps(run), default=0), resumptions(run)
+    log = run.parent / f"log-{len(list(run.parent.glob('log-*')))}"
+    running = start_ranks(function, ranks, log, run, *arguments)
+    while running.alive():
+        if any(process.exitcode for process in running.processes):
+            running.send(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    codes = running.wait(timeout)
+    assert resumptions(run)[len(before) :] in ([], [expected])
+    return codes, running.output()
+
+
+def finish(run, ranks=2):
+    """The same command, to the end; returns how many steps it did again."""
+    lost = last_step(run) - max(good_steps(run), default=0)
+    codes, output = attempt(job, ranks, run)
+    assert codes == [0] * ranks, output
+    return lost
+
+
+def same(run, other):
+    """The run ended as the other did: weights and losses, bit for bit."""
+    losses = [{row["step"]: row["loss"] for row in rows(folder, "train")} for folder in (run, other)]
+    assert losses[0] == losses[1]
+    assert weights_digest(run) == weights_digest(other)
+
+
+def all_say(codes, output, words):
+    """Every rank ended with code 2 and the same message."""
+    assert codes == [2] * len(codes), output
+    said = [part.partition("error: ")[2] for part in output.split("--- rank-")[1:]]
+    assert words in " ".join(said[0].split()), output
+    assert len({" ".join(text.split()) for text in said}) == 1, output
