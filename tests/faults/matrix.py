@@ -93,12 +93,12 @@ class Table:
             yield f"{kind:<52} {record.tried:>6} {record.survived:>9} {record.lost:>11} {record.most:>8}"
 
 
-def attempt(function, ranks, run, *arguments, timeout=120):
+def attempt(function, ranks, run, *arguments, timeout=120, **env):
     """Exit codes of a job that goes on from the newest good checkpoint, and what it prints. When a rank fails the
     others are told to stop, as the launcher does."""
     expected, before = max(good_steps(run), default=0), resumptions(run)
     log = run.parent / f"log-{len(list(run.parent.glob('log-*')))}"
-    running = start_ranks(function, ranks, log, run, *arguments)
+    running = start_ranks(function, ranks, log, run, *arguments, **env)
     while running.alive():
         if any(process.exitcode for process in running.processes):
             running.send(signal.SIGTERM)
@@ -109,10 +109,10 @@ def attempt(function, ranks, run, *arguments, timeout=120):
     return codes, running.output()
 
 
-def finish(run, ranks=2):
+def finish(run, ranks=2, function=job, arguments=(), **env):
     """The same command, to the end; returns how many steps it did again."""
     lost = last_step(run) - max(good_steps(run), default=0)
-    codes, output = attempt(job, ranks, run)
+    codes, output = attempt(function, ranks, run, *arguments, **env)
     assert codes == [0] * ranks, output
     return lost
 
@@ -124,9 +124,9 @@ def same(run, other):
     assert weights_digest(run) == weights_digest(other)
 
 
-def all_say(codes, output, words):
-    """Every rank ended with code 2 and the same message."""
-    assert codes == [2] * len(codes), output
+def all_say(codes, output, words, code=2):
+    """Every rank ended with that code and the same message."""
+    assert codes == [code] * len(codes), output
     said = [part.partition("error: ")[2] for part in output.split("--- rank-")[1:]]
     assert words in " ".join(said[0].split()), output
     assert len({" ".join(text.split()) for text in said}) == 1, output

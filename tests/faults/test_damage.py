@@ -1,18 +1,18 @@
-"""Checkpoints that are deleted, cut off or changed: the one before is gone on from."""
+"""Files that are deleted, cut off or changed: an older checkpoint is gone on from, token shards are named."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
+import time
 
 import pytest
-from faults.matrix import FILES, checkpoints, finish, resumptions, same
+from faults.matrix import FILES, all_say, attempt, checkpoints, finish, job, last_step, resumptions, same
 
 from trainer.checkpoint_folder import step_name
 
 
-def damage(run, name, how):
-    path = checkpoints(run) / step_name(6) / name
+def damage_file(path, how):
     if how == "folder gone":
         shutil.rmtree(path)
     elif how == "deleted":
@@ -34,9 +34,47 @@ def damage(run, name, how):
 )
 def test_damaged(started, alone, table, how, name):
     run = started(8)
-    damage(run, name, how)
+    damage_file(checkpoints(run) / step_name(6) / name, how)
     table.tried(f"checkpoint: {how}")
     lost = finish(run)
     assert resumptions(run)[-1] == 4
     same(run, alone(8))
     table.survived(f"checkpoint: {how}", lost)
+
+
+# Token shards
+
+
+def token_files(run):
+    return {"shard": run / "tokens" / "train" / "shard.00000.mds", "manifest": run / "tokens" / "manifest.json"}
+
+
+def damaged_tokens(started, alone, table, how, name):
+    """All ranks say which file it is before they do a step; with the old file they go on."""
+    run, kind = started(12), f"token {name}: {how}"
+    path = token_files(run)[name]
+    good = path.read_bytes()
+    damage_file(path, how)
+    table.tried(kind)
+    done, begun = last_step(run), time.monotonic()
+    codes, output = attempt(job, 2, run)
+    assert time.monotonic() - begun < 60
+    all_say(codes, output, str(path))
+    assert last_step(run) == done
+    path.write_bytes(good)
+    lost = finish(run)
+    same(run, alone(12))
+    table.survived(kind, lost)
+
+
+def test_a_flipped_byte_of_a_token_shard(started, alone, table):
+    damaged_tokens(started, alone, table, "one byte flipped", "shard")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("deleted", "shard"), ("truncated", "shard"), ("deleted", "manifest"), ("emptied", "manifest")],
+)
+def test_damaged_tokens(started, alone, table, how, name):
+    damaged_tokens(started, alone, table, how, name)

@@ -1,0 +1,84 @@
+"""What a killed run leaves in shared memory is in no later run's way, and does not stay."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from faults.matrix import finish, good_steps, job, last_step, same
+from ranks import start_ranks
+
+from data.shards import JOB_NAME, LOCK, SHARED_MEMORY
+
+FOLDERS = (SHARED_MEMORY, Path(tempfile.gettempdir()))
+
+
+def left_by(pid):
+    """What lies in shared memory and among temporary files of the job whose rank 0 was that process."""
+    names = (f"{JOB_NAME}{pid}-*", f"torch_{pid}_*")
+    return [path for folder in FOLDERS for name in names for path in folder.glob(name)]
+
+
+def killed(run, step):
+    """Kills all ranks once `step` is logged, waits for their loader workers, and returns the process of rank 0."""
+    running, deadline = start_ranks(job, 2, run.parent / "killed", run), time.monotonic() + 60
+    while last_step(run) < step:
+        assert running.alive(), running.output()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [child for rank in running.processes for child in psutil.Process(rank.pid).children()]
+    assert len(workers) >= 4
+    running.send(signal.SIGKILL)
+    running.wait()
+    psutil.wait_procs(workers, timeout=30)
+    return running.processes[0].pid
+
+
+@pytest.fixture
+def strangers():
+    """Names that streaming would choose by itself, as another program, killed, has left them."""
+    paths = [SHARED_MEMORY / f"{number:06}_{name}" for number in range(4) for name in ("locals", "barrier", "shuffle")]
+    paths += [FOLDERS[1] / f"{number:06}_barrier_filelock" for number in range(4)]
+    made = [path for path in paths if not path.exists()]
+    for path in made:
+        path.write_bytes(b"not yours")
+    yield made
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+def test_leftovers_of_a_killed_run(started, alone, tmp_path, strangers, table):
+    kind = "shared memory left by a killed run"
+    run = started(30, workers=2, log_every=1)
+    table.tried(kind)
+    pid = killed(run, 8)
+    assert len(left_by(pid)) > 2  # real ones; and such as streaming would make next, had their job gone on
+    (lock,) = SHARED_MEMORY.glob(f"{JOB_NAME}{pid}-*{LOCK}")
+    for number in range(20, 24):
+        (SHARED_MEMORY / f"{lock.name.removesuffix(LOCK)}-{number:06}_locals").write_bytes(b"")
+    lost = last_step(run) - max(good_steps(run))
+    running = start_ranks(job, 2, tmp_path / "log", run)
+    assert running.wait() == [0, 0], running.output()
+    same(run, alone(30))
+    for number in (pid, running.processes[0].pid):
+        assert left_by(number) == []
+    assert all(path.read_bytes() == b"not yours" for path in strangers)
+    table.survived(kind, lost)
+
+
+@pytest.mark.faults
+def test_leftovers_of_ten_killed_runs(started, alone, table):
+    kind = "shared memory left by a killed run"
+    run = started(40, workers=2, log_every=1)
+    pids = []
+    for step in range(8, 38, 3):
+        table.tried(kind)
+        pids.append(killed(run, step))
+        table.survived(kind, last_step(run) - max(good_steps(run)))
+    finish(run)
+    same(run, alone(40))
+    assert [path for pid in pids for path in left_by(pid)] == []
