@@ -93,10 +93,10 @@ class Table:
             yield f"{kind:<52} {record.tried:>6} {record.survived:>9} {record.lost:>11} {record.most:>8}"
 
 
-def attempt(function, ranks, run, *arguments, timeout=120, **env):
-    """Exit codes of a job that goes on from the newest good checkpoint, and what it prints. When a rank fails the
-    others are told to stop, as the launcher does."""
-    expected, before = max(good_steps(run), default=0), resumptions(run)
+def attempt(function, ranks, run, *arguments, timeout=120, expected=None, **env):
+    """Exit codes of a job that goes on from the newest good checkpoint (`expected`, where it is not here), and what it
+    prints. When a rank fails the others are told to stop, as the launcher does."""
+    expected, before = expected or max(good_steps(run), default=0), resumptions(run)
     log = run.parent / f"log-{len(list(run.parent.glob('log-*')))}"
     running = start_ranks(function, ranks, log, run, *arguments, **env)
     while running.alive():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import threading
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from buckets import BUCKET, environment, keys, lose, steps_there
 from ranks import run_ranks, start_ranks
 from training_runs import make_run, weights_digest
 
@@ -18,38 +15,7 @@ from trainer.checkpoint_folder import problems, step_name, steps_in
 from trainer.config import TrainConfig
 from trainer.remote import Remote, Uploads
 
-BUCKET = "checkpoints"
 TINY = {"steps": 12, "warmup_steps": 2, "log_every": 1, "validate_every": 99, "checkpoint_every": 2}
-KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The environment that leads to it."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
-    yield {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    started.stop()
-
-
-@pytest.fixture
-def s3(server, monkeypatch):
-    """A client, and an empty bucket."""
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    for key in keys(client):
-        client.delete_object(Bucket=BUCKET, Key=key)
-    client.delete_bucket(Bucket=BUCKET)
-
-
-def environment():
-    """What leads the ranks to the server."""
-    return {name: os.environ[name] for name in (*KEYS, "AWS_ENDPOINT_URL")}
 
 
 def job(run):
@@ -64,22 +30,6 @@ def checkpoints(run):
 
 def log_of(run):
     return (run / "coarse" / "logs" / "rank-0000.log").read_text()
-
-
-def keys(s3, prefix=""):
-    return [entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
-
-
-def steps_there(s3):
-    """The steps that have a manifest in the bucket, newest first."""
-    return sorted((int(key.split("/")[-2][5:]) for key in keys(s3) if key.endswith(artifact.MANIFEST)), reverse=True)
-
-
-def lose(run):
-    """The disk of a run is gone but for what a new start makes anew."""
-    for path in (run / "coarse").iterdir():
-        if path.name != "stage.json":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +48,6 @@ def run(s3, tmp_path):
 
 def stopping_job(run, step):
     """A job that is told to stop at `step`."""
-    import os
     import signal
 
     from trainer.training import Training
