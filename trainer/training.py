@@ -55,7 +55,10 @@ def check_tokens(setup: StageSetup, engine: Engine) -> None:
     problems = engine.gather(check_shards(setup.tokens, engine.rank, engine.world_size))
     wrong = [problem for part in problems for problem in part]
     if wrong:
-        raise UserError(f"the token shards are damaged: {'; '.join(wrong)}.\n`stretto run` makes them anew.")
+        raise UserError(
+            f"the token shards are damaged: {'; '.join(wrong)}.\n"
+            f"Move {setup.tokens} away and run the same command again: it makes them anew."
+        )
 
 
 class Training:
