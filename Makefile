@@ -39,7 +39,7 @@ test: lint
 	$(BIN)/pytest -m 'not faults'
 
 faults: $(INSTALLED)
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest --timeout 3600 tests/faults tests/trainer/test_resume.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

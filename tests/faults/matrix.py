@@ -5,6 +5,7 @@ Nothing in the product is made for them: the ranks of a test change themselves, 
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ import yaml
 from ranks import start_ranks
 from training_runs import rows, weights_digest
 
+from data.processes import plain_errors
 from trainer.checkpoint_folder import problems, step_name, steps_in
 
 STEPS, EVERY = 40, 2
@@ -31,9 +33,11 @@ FILES = ("rank-0000.safetensors", "rank-0001.safetensors", "state.json", "manife
 
 
 def job(run):
+    """A rank as `deepspeed --module trainer` starts it."""
     from trainer.__main__ import train
 
-    return train(run, "coarse")
+    with plain_errors(run):
+        return train(run, "coarse")
 
 
 def checkpoints(run):
@@ -122,6 +126,21 @@ def same(run, other):
     losses = [{row["step"]: row["loss"] for row in rows(folder, "train")} for folder in (run, other)]
     assert losses[0] == losses[1]
     assert weights_digest(run) == weights_digest(other)
+
+
+def damage_file(path, how):
+    if how == "folder gone":
+        shutil.rmtree(path)
+    elif how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "one byte flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
 
 def all_say(codes, output, words, code=2):

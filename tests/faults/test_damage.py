@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 
 import pytest
-from faults.matrix import FILES, all_say, attempt, checkpoints, finish, job, last_step, resumptions, same
+from faults.matrix import FILES, all_say, attempt, checkpoints, damage_file, finish, job, last_step, resumptions, same
 
 from trainer.checkpoint_folder import step_name
-
-
-def damage_file(path, how):
-    if how == "folder gone":
-        shutil.rmtree(path)
-    elif how == "deleted":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "one byte flipped":
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
 
 
 @pytest.mark.faults
@@ -59,7 +43,9 @@ def damaged_tokens(started, alone, table, how, name):
     done, begun = last_step(run), time.monotonic()
     codes, output = attempt(job, 2, run)
     assert time.monotonic() - begun < 60
-    all_say(codes, output, str(path))
+    all_say(codes, output, str(path if name == "shard" else run / "tokens"))
+    if name == "shard":
+        assert f"Move {run / 'tokens'} away and run the same command again" in " ".join(output.split())
     assert last_step(run) == done
     path.write_bytes(good)
     lost = finish(run)

@@ -1,4 +1,5 @@
-"""SIGKILL in every stage of a real run: the same command finishes it, and nothing is ever half there."""
+"""A whole run that is killed in every stage, or loses its tokens: the same command finishes it, and nothing is ever
+half there."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import time
 
 import psutil
 import pytest
+from faults.matrix import damage_file
 from helpers import ROOT
 from small_runs import SMALL
 
@@ -80,14 +82,48 @@ def finish(run):
     assert (run / "report.html").exists()
 
 
-def test_killed_in_a_data_stage_and_in_a_trained_one(tmp_path):
-    for stage in ("embedding", "coarse"):
-        kill_in(tmp_path / "run", stage)
-    finish(tmp_path / "run")
+def killed_in(stages, run, table):
+    kind = "SIGKILL of the launcher in a stage of a whole run"
+    for stage in stages:
+        table.tried(kind)
+        kill_in(run, stage)
+        table.survived(kind)
+    finish(run)
+
+
+def test_killed_in_a_data_stage_and_in_a_trained_one(tmp_path, table):
+    killed_in(("embedding", "coarse"), tmp_path / "run", table)
 
 
 @pytest.mark.faults
-def test_killed_in_every_stage(tmp_path):
-    for stage in STAGES:
-        kill_in(tmp_path / "run", stage)
-    finish(tmp_path / "run")
+def test_killed_in_every_stage(tmp_path, table):
+    killed_in(STAGES, tmp_path / "run", table)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["deleted", "truncated", "one byte flipped"])
+def test_damaged_tokens_are_made_anew(tmp_path, table, how):
+    """What is missing or of another size the launcher sees by itself; a flipped byte the training names, and what it
+    says helps. What was trained before stays."""
+    run, kind = tmp_path / "run", f"token shard of a whole run: {how}"
+    kill_in(run, "coarse")
+    shard = run / "tokens" / "train" / "shard.00000.mds"
+    good, trained = shard.read_bytes(), (run / "semantic" / artifact.MANIFEST).exists()
+    damage_file(shard, how)
+    table.tried(kind)
+    if how == "one byte flipped":
+        process = start(run)
+        output = " ".join(process.communicate(timeout=TIMEOUT)[0].split())
+        assert process.returncode == 2, output
+        assert f"{shard} has changed" in output
+        assert f"Move {run / 'tokens'} away and run the same command again" in output
+        (run / "tokens").rename(tmp_path / "away")
+    finish(run)
+    assert shard.read_bytes() == good
+    assert trained == ("semantic" in reused(run))
+    table.survived(kind)
+
+
+def reused(run):
+    stages = json.loads((run / "state.json").read_text())["stages"]
+    return {name for name, entry in stages.items() if entry.get("reused")}
