@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import torch
 import yaml
@@ -98,11 +100,36 @@ def holdings(folder):
 def train_all(*runs):
     """For `run_ranks`: trains in each of the folders, one after another."""
     from trainer.engine import Engine, start_process_group
-    from trainer.setup import StageSetup
+    from trainer.setup import SWAP, StageSetup
     from trainer.training import Training
 
     start_process_group()
     for run in runs:
         setup = StageSetup.read(run, "coarse")
-        Training(setup, Engine(setup.build_model(), setup.config.train)).run()
+        Training(setup, Engine(setup.build_model(), setup.config.train, setup.folder / SWAP)).run()
     torch.distributed.destroy_process_group()
+
+
+def reload(run, dump):
+    """Loads the newest checkpoint and writes what each rank then holds."""
+    from trainer.engine import Engine, start_process_group
+    from trainer.setup import SWAP, StageSetup
+    from trainer.training import Training
+
+    start_process_group()
+    setup = StageSetup.read(run, "coarse")
+    training = Training(setup, Engine(setup.build_model(), setup.config.train, setup.folder / SWAP))
+    training._start()
+    training.checkpoints.folder = dump
+    training._save()
+    training._finish_save()
+    torch.distributed.destroy_process_group()
+
+
+def copied(run, folder, step, **train):
+    """The run as it was at `step`, with some keys of `train` changed."""
+    shutil.copytree(run, folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["stages"]["coarse"]["train"].update(train, resume=step)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder

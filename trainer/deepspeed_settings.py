@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ds_configs
+from model import artifact
 from model.errors import UserError
 from trainer.config import TrainConfig
 
@@ -20,8 +21,8 @@ BF16_CAPABILITY = 8
 def deepspeed_config(config: TrainConfig, world_size: int, swap_folder: Path | None = None) -> dict[str, Any]:
     """The DeepSpeed file a recipe names, with what the recipe decides filled in for `world_size` ranks.
 
-    What an NVMe file moves out of memory lies in `swap_folder` where the file names no folder. Raises UserError as
-    `check_deepspeed` does, and where no folder is known.
+    What an NVMe file moves out of memory lies in `swap_folders`. Raises UserError as `check_deepspeed` does, and where
+    no folder is known.
     """
     check_deepspeed(config, world_size)
     settings = ds_configs.read(config.zero)
@@ -96,15 +97,28 @@ def _micro_batch(config: TrainConfig, world_size: int) -> int:
     return config.micro_batch or max(1, config.global_batch // world_size)
 
 
+def swap_folders(config: TrainConfig, swap_folder: Path) -> dict[str, Path]:
+    """Where each section of the file that says "nvme" puts what it moves there: `swap_folder`, or below the folder that
+    the file names one that is `swap_folder`'s alone, since stages that train side by side use the same file names."""
+    zero = ds_configs.read(config.zero)["zero_optimization"]
+    own = f"stretto-{artifact.fingerprint(str(swap_folder.absolute()))}"
+    sections = {name: zero[name] for name in OFFLOADS if zero.get(name, {}).get("device") == "nvme"}
+    return {
+        name: Path(section["nvme_path"]) / own if "nvme_path" in section else swap_folder
+        for name, section in sections.items()
+    }
+
+
 def _fill_offload(zero: dict[str, Any], config: TrainConfig, swap_folder: Path | None) -> None:
+    folders = swap_folders(config, swap_folder) if swap_folder else {}
     for name in OFFLOADS:
         section = zero.get(name, {})
         if section.get("device") != "nvme":
             continue
-        if "nvme_path" not in section:
-            if swap_folder is None:
-                raise UserError(f"{config.zero}: zero_optimization.{name}.nvme_path is missing: name a folder.")
-            section["nvme_path"] = str(swap_folder)
+        if name in folders:
+            section["nvme_path"] = str(folders[name])
+        elif "nvme_path" not in section:
+            raise UserError(f"{config.zero}: zero_optimization.{name}.nvme_path is missing: name a folder.")
         if name == "offload_optimizer":
             section.setdefault("buffer_count", _swap_buffers(config, section))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,8 @@ from model.dropping import Dropped
 from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
-from trainer.deepspeed_settings import check_precision, deepspeed_config
-from trainer.fragments import Fragment, fragments, replicated, set_updates, updates
+from trainer.deepspeed_settings import check_precision, deepspeed_config, swap_folders
+from trainer.fragments import WEIGHTS, Fragment, fragments, gathered, replicated, set_updates, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
 from trainer.stopwatch import Stopwatch
@@ -78,13 +79,16 @@ def predicted_frames(batch: MicroBatch, field: str) -> int:
 
 
 class Engine:
-    """A stage under DeepSpeed ZeRO. What an NVMe file moves out of memory lies in `swap_folder`."""
+    """A stage under DeepSpeed ZeRO. What an NVMe file moves out of memory lies in `swap_folder`, or below a folder that
+    the file names."""
 
     def __init__(self, model: StageTransformer, config: TrainConfig, swap_folder: Path | None = None) -> None:
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
         check_precision(config, torch.cuda.get_device_capability() if device().type == "cuda" else None)
         settings = deepspeed_config(config, self.world_size, swap_folder)
+        self._swap = {swap_folder, *swap_folders(config, swap_folder).values()} if swap_folder else set()
+        self.clear_swap()
         self.micro_batch: int = settings["train_micro_batch_size_per_gpu"]
         self.accumulation: int = settings["gradient_accumulation_steps"]
         groups = parameter_groups(model, model.config.transformer, config.learning_rate, config.weight_decay)
@@ -102,6 +106,14 @@ class Engine:
         self.module.configure(execution(config))
         self.forward_time = Stopwatch(self.device)
         """Spent in the forward passes of training."""
+
+    def clear_swap(self) -> None:
+        """Removes what is on NVMe, which a killed job leaves too. All ranks must call it; none can train any more."""
+        dist.barrier()
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # on every host, since each may have its own disk
+            for folder in self._swap:
+                shutil.rmtree(folder, ignore_errors=True)  # on a shared disk another host may be as far
+        dist.barrier()
 
     @property
     def module(self) -> StageTransformer:
@@ -207,15 +219,18 @@ class Engine:
 
         All ranks must iterate.
         """
+        key = AVERAGE if average else WEIGHTS
         if replicated(self._engine):
-            key = AVERAGE if average else "weights"
             for fragment in fragments(self._engine, self._optimizer):
                 shape = self.module.get_parameter(fragment.name).shape
                 yield fragment.name, fragment.tensors[key].view(shape).cpu().clone()
-            return
-        for name, parameter in self.module.named_parameters():
-            full = safe_get_full_optimizer_state(parameter, AVERAGE) if average else safe_get_full_fp32_param(parameter)
-            yield name, full.detach().float().cpu().clone()
+        elif self._engine.zero_optimization_stage() == 3:
+            for name, full in gathered(self._engine, self._optimizer, key):
+                yield name, full.cpu().clone()
+        else:
+            for name, parameter in self.module.named_parameters():
+                full = safe_get_full_optimizer_state(parameter, key) if average else safe_get_full_fp32_param(parameter)
+                yield name, full.detach().float().cpu().clone()
 
     def held(self) -> Iterator[Fragment]:
         """What this rank is to write of the weights and the optimizer's state: together the ranks write all, once."""

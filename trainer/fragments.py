@@ -6,6 +6,7 @@ through here a checkpoint knows nothing of ZeRO: a rank writes the stretches it 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,23 +101,46 @@ def _partitioned(outer: Any, fragment: Callable[..., Fragment], change: bool) ->
     if change:
         outer._partition_all_parameters()
     for number, group in enumerate(outer.fp16_groups):
-        swapped = outer._swappable_optimizer_subgroup(number)
-        if swapped:
-            outer._optimizer_states_and_gradient_swap_in(number)
-        flat = outer.fp32_partitioned_groups_flat[number]
-        for parameter in group:
-            _, offset, size = outer.grad_position[outer.get_param_id(parameter)]
-            count = max(0, min(size, parameter.ds_numel - rank * size))
-            if count:
-                yield fragment(parameter, flat, offset, rank * size, count)
-        if change:
-            outer._reassign_or_swap_out_partitioned_parameters(number)
-        if swapped and change:
-            outer._optimizer_states_and_gradient_swap_out(number)
-        elif swapped:
-            outer._release_swap_buffers(number)
+        with _swapped_in(outer, number, change) as flat:
+            for parameter in group:
+                _, offset, size = outer.grad_position[outer.get_param_id(parameter)]
+                count = max(0, min(size, parameter.ds_numel - rank * size))
+                if count:
+                    yield fragment(parameter, flat, offset, rank * size, count)
+            if change:
+                outer._reassign_or_swap_out_partitioned_parameters(number)
     if change:
         outer._post_step(set())
+
+
+def gathered(engine: Any, optimizer: AdamW, key: str) -> Iterator[tuple[str, Tensor]]:
+    """ZeRO-3: name and whole fp32 value of every parameter, by "weights", or by a name of the optimizer's state. What
+    is swapped out is read once. All ranks must iterate."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    outer = engine.optimizer
+    for number, group in enumerate(outer.fp16_groups):
+        with _swapped_in(outer, number) as flat:
+            held = flat.detach() if key == WEIGHTS else optimizer.initialise(flat)[key]
+            for parameter in group:
+                _, offset, size = outer.grad_position[outer.get_param_id(parameter)]
+                yield names[parameter], outer._fp32_state_allgather(parameter, held.narrow(0, offset, size))
+
+
+@contextlib.contextmanager
+def _swapped_in(outer: Any, number: int, change: bool = False) -> Iterator[Tensor]:
+    """Weights of a group of ZeRO-3's, flat, which are in memory meanwhile, as is the optimizer's state. With `change`
+    they are written back where they were swapped out."""
+    flat = outer.fp32_partitioned_groups_flat[number]
+    if not outer._swappable_optimizer_subgroup(number):
+        yield flat
+        return
+    outer._optimizer_states_and_gradient_swap_in(number)
+    new = not outer.optimizer.state.get(flat)  # what is made of it meanwhile is in no file yet
+    yield flat
+    if change or new:
+        outer._optimizer_states_and_gradient_swap_out(number)
+    else:
+        outer._release_swap_buffers(number)
 
 
 def updates(optimizer: AdamW) -> int:

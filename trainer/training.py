@@ -111,7 +111,7 @@ class Training:
         self.beat("writing the weights")
         self._write_weights()
         self._call("on_end")
-        self.checkpoints.close()
+        self._close()
 
     def beat(self, what: str) -> None:
         """A sign of life: `what` begins. Whatever takes long gives one now and then."""
@@ -176,7 +176,7 @@ class Training:
         if state.bad_in_a_row >= self.config.most_bad_steps:
             self._save()
             self.checkpoints.finish()
-            self.checkpoints.close()
+            self._close()
             stage = self.setup.stage
             good = self.step - state.bad_in_a_row
             raise Diverged(
@@ -200,8 +200,12 @@ class Training:
 
     def _interrupt(self) -> NoReturn:
         self.metrics.close()
-        self.checkpoints.close()
+        self._close()
         raise Interrupted(f"stopped at step {self.step} of {self.config.steps}")
+
+    def _close(self) -> None:
+        self.checkpoints.close()
+        self.engine.clear_swap()
 
     def _save(self) -> None:
         self.beat("starting to save")

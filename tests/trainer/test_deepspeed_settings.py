@@ -140,7 +140,12 @@ def test_nvme_is_given_a_folder_and_buffers_enough(tmp_path):
 
     own = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/fast", "buffer_count": 4}}
     file = write(tmp_path, zero_optimization=own)
-    assert deepspeed_config(config(file), 2, tmp_path)["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/fast"
+    paths = {
+        deepspeed_config(config(file), 2, tmp_path / stage)["zero_optimization"]["offload_optimizer"]["nvme_path"]
+        for stage in ("coarse", "fine")
+    }
+    assert len(paths) == 2
+    assert all(path.startswith("/fast/stretto-") for path in paths)
     with pytest.raises(UserError, match=r"buffer_count is 4: this recipe needs 5"):
         deepspeed_config(config(file, ema_decay=0.9), 2, tmp_path)
     own["offload_optimizer"]["pipeline_read"] = True

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 
 import pytest
 import torch
 from helpers import FIELDS, coarse_config, quantizers, random_batch
+from nvme import COMPILES, nvme
 from ranks import run_ranks
 
 import ds_configs
@@ -18,13 +16,13 @@ from model.dropping import draw_dropped
 from model.stage import build_stage
 from trainer.config import TrainConfig
 
+__all__ = ["nvme"]
+
 BATCH = 4
 STEPS = 2
 NVME = "zero3_nvme"
 LARGE = 512
 """Width from which DeepSpeed moves weights to NVMe: what is smaller than 1 MiB stays."""
-COMPILES = 600
-"""Seconds: DeepSpeed compiles what talks to NVMe on first use."""
 
 
 def losses_of(zero, precision, width):
@@ -88,17 +86,8 @@ def test_every_file_trains_alike(ranks, precision, tmp_path):
     check_same(train(tmp_path, ranks, files, precision), 1e-5 if precision == "fp32" else 1e-3)
 
 
-def has_libaio():
-    compiler = shutil.which("c++")
-    program = "#include <libaio.h>\nint main(void) { return 0; }\n"
-    command = [str(compiler), "-x", "c++", "-", "-laio", "-o", os.devnull]
-    return (
-        compiler is not None and subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
-    )
-
-
 @pytest.mark.timeout(COMPILES + 60)
-@pytest.mark.skipif(not has_libaio(), reason="libaio or a C++ compiler is missing: tests/setup_libaio.sh installs it")
+@pytest.mark.usefixtures("nvme")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_weights_on_nvme_train_alike(ranks, tmp_path):
     settings = ds_configs.read(NVME)
@@ -106,7 +95,7 @@ def test_weights_on_nvme_train_alike(ranks, tmp_path):
         settings["zero_optimization"][part]["nvme_path"] = str(tmp_path / "nvme")
     file = tmp_path / "nvme.json"
     file.write_text(json.dumps(settings))
-    check_same(train(tmp_path, ranks, {"zero0": "zero0", NVME: str(file)}, width=LARGE, timeout=COMPILES), 1e-5)
+    check_same(train(tmp_path, ranks, {"zero0": "zero0", NVME: str(file)}, width=LARGE), 1e-5)
     moved = [path.relative_to(tmp_path).as_posix() for path in (tmp_path / "nvme").rglob("*.swp")]
     for rank in range(ranks):
         for what in ("optimizer", "float32params"):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from itertools import product
 
 import pytest
 import torch
-import yaml
 from ranks import run_ranks
-from training_runs import checkpoint, holdings, make_run, rows, train_all
+from training_runs import checkpoint, copied, holdings, make_run, reload, rows, train_all
 
 from trainer.checkpoint import rank_file
 from trainer.tensor_files import SlicedTensors, write_tensors
@@ -20,31 +18,6 @@ EXACT = {"steps": 10, "warmup_steps": 2, "log_every": 1, "validate_every": 5, "c
 POINTS = {"in an epoch": 4, "at its end": 6, "after it": 7}
 ELASTIC = {"steps": 26, "warmup_steps": 2, "log_every": 1, "validate_every": 99, "checkpoint_every": 6, "keep_last": 99}
 SAVED = 6
-
-
-def reload(run, dump):
-    """Loads the newest checkpoint and writes what each rank then holds."""
-    from trainer.engine import Engine, start_process_group
-    from trainer.setup import StageSetup
-    from trainer.training import Training
-
-    start_process_group()
-    setup = StageSetup.read(run, "coarse")
-    training = Training(setup, Engine(setup.build_model(), setup.config.train))
-    training._start()
-    training.checkpoints.folder = dump
-    training._save()
-    training._finish_save()
-    torch.distributed.destroy_process_group()
-
-
-def copied(run, folder, step, **train):
-    """The run as it was at `step`, with some keys of `train` changed."""
-    shutil.copytree(run, folder)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    recipe["stages"]["coarse"]["train"].update(train, resume=step)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
 
 
 def files(folder):
@@ -63,11 +36,12 @@ ALTERNATING = [
     for number, zero in enumerate(ZEROS)
     for ranks in (1, 2)
 ]
+OFFLOADED = [("zero2_offload", 2, 0, "bf16"), ("zero3_offload", 2, 0, "bf16")]
 
 
 @pytest.mark.parametrize(
     ("zero", "ranks", "workers", "precision"),
-    cases(product(ZEROS, (1, 2), (0, 2), ("fp32", "bf16")), ALTERNATING),
+    cases([*product(ZEROS, (1, 2), (0, 2), ("fp32", "bf16")), *OFFLOADED], [*ALTERNATING, *OFFLOADED]),
 )
 def test_resume_is_exact(tmp_path, zero, ranks, workers, precision):
     """In the middle of an epoch, at its end and after it: weights, optimizer, random numbers, losses."""
