@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults.matrix import finish, good_steps, job, last_step, same
+from faults.matrix import STEPS, finish, good_steps, job, last_step, same
 from ranks import start_ranks
 
 from data.shards import JOB_NAME, LOCK, SHARED_MEMORY
@@ -53,7 +53,7 @@ def strangers():
 
 def test_leftovers_of_a_killed_run(started, alone, tmp_path, strangers, table):
     kind = "shared memory left by a killed run"
-    run = started(30, workers=2, log_every=1)
+    run = started(STEPS, workers=2)
     table.tried(kind)
     pid = killed(run, 8)
     assert len(left_by(pid)) > 2  # real ones; and such as streaming would make next, had their job gone on
@@ -63,7 +63,7 @@ def test_leftovers_of_a_killed_run(started, alone, tmp_path, strangers, table):
     lost = last_step(run) - max(good_steps(run))
     running = start_ranks(job, 2, tmp_path / "log", run)
     assert running.wait() == [0, 0], running.output()
-    same(run, alone(30))
+    same(run, alone(STEPS))
     for number in (pid, running.processes[0].pid):
         assert left_by(number) == []
     assert all(path.read_bytes() == b"not yours" for path in strangers)
@@ -73,12 +73,12 @@ def test_leftovers_of_a_killed_run(started, alone, tmp_path, strangers, table):
 @pytest.mark.faults
 def test_leftovers_of_ten_killed_runs(started, alone, table):
     kind = "shared memory left by a killed run"
-    run = started(40, workers=2, log_every=1)
+    run = started(STEPS, workers=2)
     pids = []
-    for step in range(8, 38, 3):
+    for step in range(8, 28, 2):
         table.tried(kind)
         pids.append(killed(run, step))
         table.survived(kind, last_step(run) - max(good_steps(run)))
     finish(run)
-    same(run, alone(40))
+    same(run, alone(STEPS))
     assert [path for pid in pids for path in left_by(pid)] == []
