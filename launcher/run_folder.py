@@ -94,14 +94,18 @@ class RunFolder:
         return self.state["stages"].get(stage, {})
 
     def set_aside(self, stage: str) -> Path | None:
-        """Moves the outputs of an outdated stage to `previous/`, in place of what was moved there before."""
+        """Moves the outputs of an outdated stage to `previous/`, in place of what was moved there before.
+
+        Raises UserError that names the holder where another job has locked them.
+        """
         path, previous = self.path / stage, self.path / PREVIOUS / stage
         if not path.exists():
             return None
-        if previous.exists():
-            shutil.rmtree(previous)
-        previous.parent.mkdir(exist_ok=True)
-        path.rename(previous)
+        with locked(path):
+            if previous.exists():
+                shutil.rmtree(previous)
+            previous.parent.mkdir(exist_ok=True)
+            path.rename(previous)
         return previous
 
     def check_space(self, needed: int) -> None:

@@ -27,6 +27,7 @@ from launcher.units import duration
 from model import artifact
 from model.config import STAGES as TRAINED
 from model.counting import count_stage, token_fields
+from model.errors import UserError
 from model.fields import CONDITIONING, SEMANTIC
 from trainer.exit_codes import DIVERGED, HUNG, SAVED
 
@@ -209,7 +210,11 @@ class Execution:
 
     def _start(self, stage: Stage, slot: int, attempt: int = 1) -> None:
         origin, path = self.origins[stage.name], self.folder.path
-        self._make_way(stage, origin)
+        try:
+            self._make_way(stage, origin)
+        except UserError as error:
+            self._note_failure(stage.name, str(error), 2)
+            return
         (path / "progress" / f"{stage.name}.json").unlink(missing_ok=True)
         machine = self.machine.share(slot, self.recipe.parallel)
         command, processes = stage_command(stage, path, self.recipe, machine)
@@ -222,7 +227,10 @@ class Execution:
         self.display.begin(stage.name)
 
     def _make_way(self, stage: Stage, origin: Origin) -> None:
-        """Moves an outdated artifact aside; a trained stage's checkpoints stay where they fit what is asked for."""
+        """Moves an outdated artifact aside; a trained stage's checkpoints stay where they fit what is asked for.
+
+        Raises UserError where another job works in it.
+        """
         reasons = self.outdated.pop(stage.name, None)
         if reasons is not None and (previous := self.folder.set_aside(stage.name)):
             self.folder.record(stage.name, seconds=0)
@@ -260,7 +268,7 @@ class Execution:
         name = job.stage.name
         found, wrong = problems(self.folder.path / name, job.stage)
         if wrong or found != self.origins[name].fingerprint:
-            self._note_failure(name, f"it ended without its artifact: {(wrong or ['another fingerprint'])[0]}", job, 1)
+            self._note_failure(name, f"it ended without its artifact: {(wrong or ['another fingerprint'])[0]}", 1, job)
             return
         self.folder.record(name, state="done")
         self.display.say(f"{name}: done in {duration(seconds)}")
@@ -271,15 +279,15 @@ class Execution:
         if DISK_FULL.search(output) or shutil.disk_usage(self.folder.path).free < FULL_BYTES:
             message = disk_full(self.folder.path)
         if message is not None:
-            self._note_failure(job.stage.name, message, job, 1 if code == HUNG else 2)
+            self._note_failure(job.stage.name, message, 1 if code == HUNG else 2, job)
         else:
-            self._note_failure(job.stage.name, gist(output, code, first=job.stage.trained), job, 1)
+            self._note_failure(job.stage.name, gist(output, code, first=job.stage.trained), 1, job)
 
-    def _note_failure(self, name: str, message: str, job: Job, code: int) -> None:
+    def _note_failure(self, name: str, message: str, code: int, job: Job | None = None) -> None:
         self.code = 1 if 1 in (code, self.code) else 2
         self.folder.record(name, state="failed", error=message)
         self.display.say(f"[red]{name} failed:[/] {escape(message)}")
-        if code == 1:
+        if job and code == 1:
             again = again_from(self.folder.path / name)
             self.display.say(f"Its log is {escape(str(job.log))}; the same command {again}.")
         if self.running:

@@ -19,6 +19,9 @@ from launcher.recipe import load_recipe
 from launcher.run_folder import read_state
 from launcher.stage import Stage, picked
 from model import artifact
+from trainer.exit_codes import DIVERGED, HUNG, SAVED
+
+CODES = {"diverged": DIVERGED, "hung": HUNG, "was told to stop": SAVED}
 
 
 def body(_) -> dict:
@@ -58,6 +61,9 @@ def behave(run: Path, name: str) -> None:
         raise ValueError("something broke")
     elif behaviour == "disk full":
         raise OSError(28, "No space left on device")
+    elif behaviour in CODES:
+        print(f"error: it {behaviour}\n       after step 7", file=sys.stderr)
+        sys.exit(CODES[behaviour])
     elif behaviour == "killed":
         subprocess.run(["kill", "-9", str(os.getpid())], check=True)
     elif behaviour == "busy port" and "EADDRINUSE" not in (run / "logs" / f"{name}.log").read_text():

@@ -53,6 +53,16 @@ def test_a_changed_key_changes_what_depends_on_it_and_nothing_else(overrides, ex
     assert changed(*overrides) == expected
 
 
+def test_how_often_is_validated_counts_where_the_schedule_learns_by_it():
+    def fingerprint(*overrides):
+        return origins(load_recipe("quickstart", overrides))["fine"].fingerprint
+
+    for override in ("stages.fine.train.validate_every=3", "stages.fine.train.validate_windows=5"):
+        assert fingerprint(override) == fingerprint()
+        plateau = "stages.fine.train.schedule=plateau"
+        assert fingerprint(plateau, override) != fingerprint(plateau)
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -18,6 +18,7 @@ from launcher.runner import gist, space_needed, user_message
 from launcher.stages import STAGES
 from model.errors import UserError
 from trainer.config import TrainConfig
+from trainer.lock import locked
 
 FAKE = Path(__file__).with_name("fake_run.py")
 PATIENCE = 30
@@ -113,6 +114,38 @@ def test_a_stage_that_fails_says_why_and_leaves_nothing_half_made(run, behaviour
     assert not (run / "b").exists()
     assert (run / "a" / "manifest.json").exists()
     assert json.loads((run / "state.json").read_text())["stages"]["b"]["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "state", "words"),
+    [
+        ("diverged", 2, "failed", "c failed: it diverged\nafter step 7\n"),
+        ("hung", 1, "failed", "c failed: it hung\nafter step 7\nIts log is"),
+        ("was told to stop", 130, "interrupted", "the same command continues"),
+    ],
+)
+def test_what_a_trained_stage_ends_with_is_told_apart(run, behaviour, code, state, words):
+    told = tell(run, "c", behaviour)
+    found, output = build(run)
+    assert found == code
+    assert words in output
+    assert ("the same command goes on from step 1" in output) == (behaviour == "hung")
+    assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == state
+    assert "d: started" not in output
+    told.unlink()
+    assert build(run)[0] == 0
+    assert "resumed" in (run / "logs" / "c.log").read_text()
+
+
+def test_a_stage_that_another_job_works_in_is_not_moved_away(run):
+    assert build(run)[0] == 0
+    with locked(run / "b"):
+        code, output = build(run, "seed=5")
+    assert code == 2
+    assert f"b failed: {run / 'b'} is in use by process {os.getpid()} since" in output
+    assert not (run / "previous").exists()
+    assert build(run, "seed=5")[0] == 0
+    assert (run / "previous" / "b" / "manifest.json").exists()
 
 
 def test_a_taken_port_is_tried_once_more(run):
