@@ -11,7 +11,6 @@ it needs, so there is nothing to convert. It holds no pickle.
 from __future__ import annotations
 
 import copy
-import errno
 import itertools
 import json
 import logging
@@ -28,10 +27,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data.processes import disk_full
 from model import artifact
 from model.errors import UserError
 from trainer import random_state
+from trainer.agreement import raise_alike, said
 from trainer.checkpoint_folder import STATE, figure, problems, rank_file, read, seal, step_name, steps_in, superseded
 from trainer.config import TrainConfig
 from trainer.engine import Engine
@@ -45,8 +44,6 @@ Result = TypeVar("Result")
 RANDOM = "random"
 REMOVED = ".removed"
 """Ends the hidden name under which a folder is removed."""
-USERS_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of the disk that the user can put right."""
 
 
 def versions() -> dict[str, str]:
@@ -202,16 +199,13 @@ class Checkpointer:
         box: list[Result] = []
         problem = None
         if self.engine.rank == 0:
-            problem = _said(lambda: box.append(action()), self.folder)
+            problem = said(lambda: box.append(action()), self.folder)
         problem, box = self.engine.broadcast((problem, box))
         self._agree([problem] if problem else [])
         return box[0]
 
-    def _agree(self, said: list[str]) -> None:
-        if not said:
-            return
-        kind, _, message = said[0].partition(": ")
-        raise UserError(message) if kind == "user" else RuntimeError(message)
+    def _agree(self, problems: list[str]) -> None:
+        raise_alike(problems)
 
     # Loading
 
@@ -346,28 +340,13 @@ class _Write(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        problem = _said(self._write, self.folder)
+        problem = said(self._write, self.folder)
         if problem:
             self.result = problem
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.result = write_tensors(self.folder / self.file, self.tensors)
-
-
-def _said(action: Callable[[], None], place: Path) -> str | None:
-    """Does `action`, which writes to `place`; what goes wrong with the disk, the remote or by the user's mistake is
-    returned in words for the other ranks, "user: …" or "fault: …"."""
-    try:
-        action()
-    except UserError as error:
-        return f"user: {error}"
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"user: {disk_full(place)}"
-        kind = "user" if error.errno in USERS_OWN else "fault"
-        return f"{kind}: checkpoints cannot be kept in {place}: {error}"
-    return None
 
 
 def _random(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ds_configs
 from data.progress import Progress
-from model.errors import UserError
+from trainer.agreement import alone
 from trainer.callback import Callback
 from trainer.engine import Engine
 from trainer.flops import ModelFlops
@@ -82,15 +82,11 @@ class Metrics(Callback):
 
     def _open(self, start: int) -> None:
         """Raises the same UserError on all ranks where rank 0 cannot write somewhere."""
-        problem = None
-        if self.engine.rank == 0:
-            try:
-                self._writers = writers(self.setup, start)
-            except UserError as error:
-                problem = str(error)
-        problem = self.engine.broadcast(problem)
-        if problem:
-            raise UserError(problem)
+
+        def opened() -> None:
+            self._writers = writers(self.setup, start)
+
+        alone(self.engine, opened, self.setup.folder)
 
     def after_step(self, training: Training, losses: Tensor) -> None:
         if not training.due(training.config.log_every):
@@ -168,9 +164,14 @@ class Metrics(Callback):
         self.close()
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
-        """Appends a row of `figures`, on rank 0; `step` counts finished optimizer steps."""
-        for writer in self._writers:
-            writer.write(kind, step, figures)
+        """Appends a row of `figures`, on rank 0; `step` counts finished optimizer steps. Raises the same UserError on
+        all ranks, which must all call it, where the disk is full or may not be written."""
+
+        def append() -> None:
+            for writer in self._writers:
+                writer.write(kind, step, figures)
+
+        alone(self.engine, append, self.setup.folder)
 
     def close(self) -> None:
         for writer in self._writers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import time
@@ -30,6 +31,7 @@ from model.pipeline import ready, samplers
 from model.sampling import generate_stage
 from model.stage import StageTransformer
 from trainer import random_state
+from trainer.agreement import raise_alike, said
 from trainer.callback import Callback
 from trainer.engine import Engine
 from trainer.setup import StageSetup
@@ -118,11 +120,18 @@ class Samples(Callback):
 
     def _alone(self, training: Training, work: Callable[[Callable[[], None]], None]) -> None:
         """Does `work(beat)` on rank 0 while the others wait, in collectives that `beat` lets end soon: none of them
-        runs into a time limit, however long the work takes."""
-        if self.engine.rank != 0:
+        runs into a time limit, however long the work takes. What `said` tells of is raised on all ranks."""
+        problem = None
+        if self.engine.rank == 0:
+            problem = self._work(training, work)
+            self.engine.most(1)
+        else:
             while not self.engine.most(0)[0]:
                 training.beat("waiting for samples")
-            return
+        problem = self.engine.broadcast(problem)
+        raise_alike([problem] if problem else [])
+
+    def _work(self, training: Training, work: Callable[[Callable[[], None]], None]) -> str | None:
         last = time.monotonic()
 
         def beat() -> None:
@@ -132,11 +141,8 @@ class Samples(Callback):
                 self.engine.most(0)
                 last = time.monotonic()
 
-        try:
-            with random_state.preserved():
-                work(beat)
-        finally:
-            self.engine.most(1)
+        with random_state.preserved():
+            return said(lambda: work(beat), self.setup.folder / "samples")
 
     def _make(self, step: int, weights: dict[str, Tensor], beat: Callable[[], None]) -> None:
         stages = self._stages(weights, beat)
@@ -150,7 +156,9 @@ class Samples(Callback):
                 waves = self.codec.decode(codes[ACOUSTIC][..., :audible]).clamp(-1, 1)
                 folder.mkdir(parents=True, exist_ok=True)
                 for label, wave in zip(LABELS, waves, strict=True):
-                    soundfile.write(folder / f"{label}-{number}.wav", wave.numpy(), self.codec.sample_rate)
+                    sound = io.BytesIO()  # libsndfile itself does not say that a disk is full
+                    soundfile.write(sound, wave.numpy(), self.codec.sample_rate, format="WAV")
+                    (folder / f"{label}-{number}.wav").write_bytes(sound.getvalue())
                     self.board.add_audio(f"{label}/{number}", wave[None], step, self.codec.sample_rate)
                 titles = (f"prompted by {clip.prompt}", "unprompted", "real")
                 picture = spectrograms(waves, self.codec.sample_rate, titles)

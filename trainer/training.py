@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from safetensors.torch import save_file
-
 from data.shards import check_shards
 from model import artifact
 from model.errors import UserError
 from trainer import stopping
+from trainer.agreement import alone
 from trainer.batches import TrainingBatches
 from trainer.callback import Callback
 from trainer.checkpoint import Checkpointer
@@ -23,6 +22,7 @@ from trainer.metrics_reader import METRICS, last_metrics
 from trainer.schedule import Schedule
 from trainer.setup import AVERAGE_WEIGHTS, KIND, WEIGHTS, StageSetup
 from trainer.spikes import SpikeGuard
+from trainer.tensor_files import write_tensors
 from trainer.watchdog import Heartbeat
 
 log = logging.getLogger(__name__)
@@ -250,18 +250,23 @@ class Training:
         """The finished stage: its fp32 weights and a manifest, which makes the folder an artifact."""
         names = [WEIGHTS, AVERAGE_WEIGHTS] if self.engine.averages else [WEIGHTS]
         parameters = [self._write_tensors(name) for name in names]
-        if self.engine.rank == 0:
+
+        def finish() -> None:
             model = self.setup.config.model.model_dump(mode="json")
             info = {"steps": self.step, "parameters": parameters[0], "model": model}
             artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, self.setup.identity, info, names)
-        self.engine.barrier()
+
+        alone(self.engine, finish, self.setup.folder)
 
     def _write_tensors(self, name: str) -> int:
         """Rank 0 writes the whole weights, or their average, and returns how many there are."""
         average = name == AVERAGE_WEIGHTS
         weights = {key: value for key, value in self.engine.full_weights(average) if self.engine.rank == 0}
-        if self.engine.rank == 0:
+
+        def write() -> None:
             partial = self.setup.folder / f".{name}{artifact.PARTIAL}"
-            save_file(weights, partial)
+            write_tensors(partial, dict(sorted(weights.items())))
             partial.replace(self.setup.folder / name)
+
+        alone(self.engine, write, self.setup.folder)
         return sum(value.numel() for value in weights.values())
