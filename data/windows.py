@@ -81,10 +81,16 @@ class Cut:
         """Frames of each field from one place of the grid to the next."""
         return {field.name: int(self.period * field.rate) for field in self.fields}
 
+    @cached_property
+    def _frames(self) -> dict[str, int]:
+        """Frames of each field in a window of `seconds`. Fractions take long: most of the time of a cut."""
+        return {field.name: field.frames(self.seconds) for field in self.fields}
+
     def __call__(self, record: dict[str, Any], epoch: int) -> Window:
         place, choice, text, draw = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
         seconds = self.length(record)
-        frames = {field.name: field.frames(seconds) for field in self.fields}
+        whole = seconds == self.seconds
+        frames = self._frames if whole else {field.name: field.frames(seconds) for field in self.fields}
         last = min(((len(record[name]) - count) // self._steps[name] for name, count in frames.items()), default=0)
         start = int(place * (last + 1))
         first = {name: start * step for name, step in self._steps.items()}
@@ -102,7 +108,7 @@ class Cut:
 
     def length(self, record: dict[str, Any]) -> float:
         """Seconds of the window of a record."""
-        if all(len(record[field.name]) >= field.frames(self.seconds) for field in self.fields):
+        if all(len(record[name]) >= count for name, count in self._frames.items()):
             return self.seconds
         if not self.short:
             raise ValueError(f"record {record['id']} is shorter than a window of {self.seconds} s")
