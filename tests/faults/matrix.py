@@ -91,6 +91,15 @@ class Table:
         record.lost += lost
         record.most = max(record.most, lost)
 
+    def add(self, other: Table, passed: bool) -> None:
+        """What a test has tried; nothing of it counts as survived where the test did not pass to its end."""
+        for kind, record in other.records.items():
+            self.records[kind].tried += record.tried
+            if passed:
+                self.records[kind].survived += record.survived
+                self.records[kind].lost += record.lost
+                self.records[kind].most = max(self.records[kind].most, record.most)
+
     def lines(self):
         yield f"{'fault':<52} {'tried':>6} {'survived':>9} {'lost steps':>11} {'at most':>8}"
         for kind, record in self.records.items():

@@ -91,7 +91,8 @@ def digest(tensors):
 def state(training):
     """Of what this rank holds: updates, fp32 weights, moments, average; and the weights it computes with."""
     held = [values for fragment in training.engine.held() for values in fragment.tensors.values()]
-    return training.engine.updates, digest([*held, *training.engine.module.parameters()])
+    own = [getattr(weights, "ds_tensor", weights) for weights in training.engine.module.parameters()]  # ZeRO-3's part
+    return training.engine.updates, digest([*held, *own])
 
 
 def spoilt(run, bad, kill=None):
