@@ -76,7 +76,7 @@ def ratio_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         met = "" if row["aim"] is None else "met" if row["of_medians"] >= row["aim"] else "not met"
         aim = "" if row["aim"] is None else f"{row['aim']:g}"
-        table.add_row(row["name"], row["other"], f"{row['of_medians']:.2f}", f"{row['of_bests']:.2f}", aim, met)
+        table.add_row(row["name"], row["other"], f"{row['of_medians']:.3f}", f"{row['of_bests']:.3f}", aim, met)
     return table
 
 

@@ -57,7 +57,11 @@ SIZES = (
     Size("quickstart", ()),
     Size("57 M", ("model.transformer={dim: 768, layers: 8, heads: 12}", "train.global_batch=4")),
 )
-TINY = (Size("tiny", ("model.transformer={dim: 64, layers: 2, heads: 1}", "model.window_seconds=1.0")),)
+TINY = (
+    Size(
+        "tiny", ("model.transformer={dim: 64, layers: 2, heads: 1}", "model.window_seconds=1.0", "train.global_batch=4")
+    ),
+)
 
 
 class Turns(Callback):
@@ -100,7 +104,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny stage, few steps: to see that this works")
     arguments = parser.parse_args()
     if arguments.small:
-        arguments.rounds = 3
+        arguments.steps, arguments.rounds = 4, 1
     console = Console(width=120)
     record = origin(LIBRARIES)
     record["machine"]["accelerator"] = accelerator("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,6 +148,7 @@ def recipe_of(size: Size, ranks: int, steps: int) -> Recipe:
         "steps": steps + 1,  # the last one saves and validates whatever the recipe says
         "validate_every": NEVER,
         "checkpoint_every": NEVER,
+        "warmup_steps": 1,
     }
     own = [f"train.{name}={value}" for name, value in train.items()]
     return load_recipe("quickstart", [f"stages.{STAGE}.{override}" for override in (*size.overrides, *own)])
