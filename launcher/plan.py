@@ -243,11 +243,15 @@ def _plan_stage(
 ) -> StagePlan:
     train = config.train
     of_a_rank = train.global_batch // (cluster.gpus or train.ranks)
-    most = train.micro_batch or of_a_rank
+    most = train.micro_batch if isinstance(train.micro_batch, int) else of_a_rank
     micro_batch = next(micro for micro in divisors(of_a_rank)[::-1] if micro <= most)
     count = count_stage(config.model, fields, dims)
     kept = activation_bytes(config.model, fields, train.recompute)
-    return StagePlan(name, config, count, cluster, kept, micro_batch)
+    plan = StagePlan(name, config, count, cluster, kept, micro_batch)
+    if train.micro_batch == "auto":
+        *_, smallest = plan.smaller()
+        plan = next((smaller for smaller in plan.smaller() if smaller.choice(train.zero).fits), smallest)
+    return plan
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:

@@ -199,6 +199,8 @@ def _advice(plan: StagePlan, advice: Advice) -> Iterator[str]:
     yield f"→ {advice.choice.name}: {advice.reason}."
     train = plan.train
     given = train.global_batch // plan.gpus if train.micro_batch is None else train.micro_batch
+    if given == "auto":
+        given = advice.micro_batch  # the trainer finds it
     wanted = {
         "ranks": (plan.gpus, train.ranks),
         "zero": (advice.choice.name, train.zero),

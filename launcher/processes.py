@@ -55,7 +55,7 @@ def ranks(config: TrainConfig, available_gpus: int) -> int:
     """As many processes as the recipe says; with fewer GPUs, the most that still divide the global batch."""
     if not available_gpus or available_gpus >= config.ranks:
         return config.ranks
-    micro = config.micro_batch or 1
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else 1
     return next(count for count in range(available_gpus, 0, -1) if config.global_batch % (micro * count) == 0)
 
 

@@ -83,11 +83,13 @@ def train(run: Path, stage: str) -> int:
 def attempt(setup: StageSetup, heartbeat: Heartbeat) -> int:
     """Trains, and says what went wrong before the other ranks can see that this one is gone."""
     from trainer.engine import Engine, lost_a_rank
+    from trainer.micro_batch import with_micro_batch
     from trainer.setup import SWAP
     from trainer.training import Diverged, Interrupted, Training
 
     try:
         with plain_errors(setup.run):
+            setup = with_micro_batch(setup, lambda what: heartbeat.beat(0, what))
             engine = Engine(setup.build_model(), setup.config.train, setup.folder / SWAP)
             Training(setup, engine, heartbeat).run()
     except Interrupted as interrupted:

@@ -42,6 +42,20 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     return [moved(window) for window in batch] if isinstance(batch, list) else moved(batch)
 
 
+def with_dropped(
+    model: StageTransformer, batch: MicroBatch, device: torch.device
+) -> tuple[MicroBatch, Dropped | list[Dropped]]:
+    """A micro batch and what it does without, on `device`. Raises UserError where it does not fit the stage."""
+
+    def dropped(window: Batch) -> Dropped:
+        _, frames, quantizers = model.own_codes(window).shape
+        model.check(window, frames)  # while the codes are in host memory
+        return draw_dropped(model.config, window[DRAW], frames, quantizers).to(device)
+
+    without = [dropped(window) for window in batch] if isinstance(batch, list) else dropped(batch)
+    return to_device(batch, device), without
+
+
 class TrainingBatches:
     """Micro batches without end, epoch after epoch, with what their windows do without.
 
@@ -74,13 +88,7 @@ class TrainingBatches:
         for window in batch if isinstance(batch, list) else [batch]:
             number, frames = window[self.model.config.field].shape[:2]
             self.windows[frames] += number
-        dropped = [self._dropped(window) for window in batch] if isinstance(batch, list) else self._dropped(batch)
-        return to_device(batch, self.device), dropped
-
-    def _dropped(self, window: Batch) -> Dropped:
-        _, frames, quantizers = self.model.own_codes(window).shape
-        self.model.check(window, frames)  # while the codes are in host memory
-        return draw_dropped(self.model.config, window[DRAW], frames, quantizers).to(self.device)
+        return with_dropped(self.model, batch, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()

@@ -17,8 +17,9 @@ class TrainConfig(ExecutionConfig):
     """Processes (one GPU each where there are GPUs)."""
     global_batch: PositiveInt = 32
     """Windows a step, over all ranks."""
-    micro_batch: PositiveInt | None = None
-    """Windows a rank and forward pass; global_batch / ranks when not given."""
+    micro_batch: PositiveInt | Literal["auto"] | None = None
+    """Windows a rank and forward pass; global_batch / ranks when not given, the most that there is memory for with
+    `auto`."""
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "linear", "cosine", "wsd", "plateau"] = "cosine"
     warmup_steps: NonNegativeInt = 50
@@ -94,9 +95,13 @@ class TrainConfig(ExecutionConfig):
         """Steps over which `wsd` decays."""
         return self.decay_steps or max(1, self.steps // 5)
 
+    def windows_a_pass(self, ranks: int) -> int:
+        """Windows of each of `ranks` in a forward pass; at most so many, where that is to be found."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else max(1, self.global_batch // ranks)
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        micro = self.micro_batch or max(1, self.global_batch // self.ranks)
+        micro = self.windows_a_pass(self.ranks)
         if self.global_batch % (micro * self.ranks):
             raise ValueError(
                 f"global_batch {self.global_batch} must be a multiple of ranks × micro_batch = {self.ranks} × {micro}"

@@ -27,7 +27,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, swap_folder: Path | N
     check_deepspeed(config, world_size)
     settings = ds_configs.read(config.zero)
     _fill_offload(settings["zero_optimization"], config, swap_folder)
-    micro_batch = _micro_batch(config, world_size)
+    micro_batch = config.windows_a_pass(world_size)
     return {
         **settings,
         "train_batch_size": config.global_batch,
@@ -53,7 +53,7 @@ def check_deepspeed(config: TrainConfig, world_size: int) -> None:
                 f"{config.zero}: {key} is {_json(value)}, but the recipe says {_json(decided)} ({origin}): "
                 "change one of them, or remove the key from the file."
             )
-    ranks = world_size * _micro_batch(config, world_size)
+    ranks = world_size * config.windows_a_pass(world_size)
     if config.global_batch % ranks:
         raise UserError(
             f"train.global_batch {config.global_batch} does not divide over {world_size} ranks with "
@@ -79,8 +79,10 @@ def check_precision(config: TrainConfig, capability: tuple[int, int] | None) -> 
 
 def _decided(settings: dict[str, Any], config: TrainConfig, world_size: int) -> Iterator[tuple[str, Any, Any, str]]:
     """Key, value in the file (None: not said), value by the recipe, and the recipe's keys that decide it."""
-    micro_batch = _micro_batch(config, world_size)
-    accumulation = config.global_batch // (micro_batch * world_size)
+    micro_batch, accumulation = config.micro_batch, config.micro_batch
+    if config.micro_batch != "auto":  # else nobody knows yet
+        micro_batch = config.windows_a_pass(world_size)
+        accumulation = config.global_batch // (micro_batch * world_size)
     for key, decided, origin in [
         ("train_batch_size", config.global_batch, "train.global_batch"),
         ("train_micro_batch_size_per_gpu", micro_batch, "train.micro_batch"),
@@ -90,11 +92,6 @@ def _decided(settings: dict[str, Any], config: TrainConfig, world_size: int) -> 
     ]:
         yield key, settings.get(key), decided, origin
     yield "bf16.enabled", settings.get("bf16", {}).get("enabled"), config.precision == "bf16", "train.precision"
-
-
-def _micro_batch(config: TrainConfig, world_size: int) -> int:
-    """Windows a rank and forward pass."""
-    return config.micro_batch or max(1, config.global_batch // world_size)
 
 
 def swap_folders(config: TrainConfig, swap_folder: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ DeepSpeed is imported in these two and nowhere else.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
@@ -16,6 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
@@ -26,7 +29,7 @@ from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
 from trainer.deepspeed_settings import check_precision, deepspeed_config, swap_folders
-from trainer.fragments import WEIGHTS, Fragment, fragments, gathered, replicated, set_updates, updates
+from trainer.fragments import WEIGHTS, Fragment, fragments, gathered, replicated, set_updates, unseen_norm, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
 from trainer.stopwatch import Stopwatch
@@ -100,12 +103,21 @@ class Engine:
                 pass
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         if not replicated(self._engine):
-            self._optimizer.norm = lambda: torch.as_tensor(self._engine.optimizer._global_grad_norm)
+            self._optimizer.norm = unseen_norm(self._engine.optimizer)
         # Decisions travel over gloo, beside whatever the devices are doing.
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.collective_timeout))
         self.module.configure(execution(config))
         self.forward_time = Stopwatch(self.device)
         """Spent in the forward passes of training."""
+
+    def destroy(self) -> None:
+        """Gives back the memory, once the last reference to it is gone. All ranks must call it."""
+        self._engine.destroy()
+        # Under ZeRO-3 two places that outlive an engine keep its model: a cache of a class, and a global list.
+        wrapper = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+        inspect.getclosurevars(wrapper).nonlocals["func"].cache_clear()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        dist.destroy_process_group(self._control)
 
     def clear_swap(self) -> None:
         """Removes what is on NVMe, which a killed job leaves too. All ranks must call it; none can train any more."""

@@ -204,6 +204,14 @@ def test_a_plan_says_what_to_change_in_the_recipe() -> None:
     assert "stages.coarse.train." not in shown("musiclm_large", *wanted, width=200, cluster=cluster)
 
 
+def test_an_automatic_micro_batch_is_planned_as_the_largest_that_fits() -> None:
+    cluster = Cluster.of("a100-40gb", 4, 0.4)
+    text = shown("musiclm_large", "stages.coarse.train.micro_batch=auto", width=200, cluster=cluster)
+    assert "coarse on each of 4 GPUs, 8 windows at a time" in text
+    assert "do not fit" not in text
+    assert "stages.coarse.train.micro_batch" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -58,6 +58,7 @@ def test_a_file_may_repeat_what_the_recipe_says_or_leave_it_open(tmp_path):
     ("sections", "changes", "words"),
     [
         ({"train_batch_size": 32}, {}, ["train_batch_size is 32", "says 16", "train.global_batch"]),
+        ({"train_micro_batch_size_per_gpu": 8}, {"micro_batch": "auto"}, ["size_per_gpu is 8", "says auto"]),
         ({"train_micro_batch_size_per_gpu": 4}, {}, ["train_micro_batch_size_per_gpu is 4", "8", "train.micro_batch"]),
         ({"gradient_accumulation_steps": 4}, {}, ["gradient_accumulation_steps is 4", "1", "train.micro_batch"]),
         ({"gradient_clipping": 0.5}, {}, ["gradient_clipping is 0.5", "1.0", "train.clip"]),
