@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -45,6 +46,27 @@ class Fragment:
 def replicated(engine: Any) -> bool:
     """Whether every rank holds all of every parameter: no ZeRO."""
     return engine.zero_optimization_stage() == 0
+
+
+def unseen_norm(outer: Any) -> Callable[[], Tensor]:
+    """Has a ZeRO optimizer step without a look at the gradient's norm, for which ZeRO-3, and 1 and 2 in fp32, would
+    wait for the device at every step. Returns what gives that norm, infinite or negative where it is not finite.
+
+    The optimizer within looks at it on the device, and leaves out what is not finite.
+    """
+    if isinstance(outer, BF16_Optimizer):
+        return lambda: torch.as_tensor(outer._global_grad_norm)
+    partitioned = isinstance(outer, DeepSpeedZeroOptimizer_Stage3)
+    name, fine = ("_get_norm_groups", [0.0]) if partitioned else ("scaled_global_norm", 0.0)
+    compute = getattr(outer, name)
+    norms: list[Tensor] = []
+
+    def keep() -> Any:
+        norms[:] = [combine_grad_norm_groups(compute()) if partitioned else compute()]
+        return fine
+
+    setattr(outer, name, keep)
+    return lambda: norms[0]
 
 
 def fragments(engine: Any, optimizer: AdamW, change: bool = False) -> Iterator[Fragment]:
