@@ -180,5 +180,8 @@ class Metrics(Callback):
 
     def _show(self, training: Training, figures: dict[str, float]) -> None:
         """Moves the progress bar."""
-        if self.engine.rank == 0:
+
+        def show() -> None:
             self._progress.update(training.step, training.config.steps, "", **figures)
+
+        alone(self.engine, show, self.setup.run)

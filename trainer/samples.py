@@ -31,7 +31,7 @@ from model.pipeline import ready, samplers
 from model.sampling import generate_stage
 from model.stage import StageTransformer
 from trainer import random_state
-from trainer.agreement import raise_alike, said
+from trainer.agreement import alone, raise_alike, said
 from trainer.callback import Callback
 from trainer.engine import Engine
 from trainer.setup import StageSetup
@@ -100,11 +100,14 @@ class Samples(Callback):
         self._missing: str | None = None
 
     def on_start(self, training: Training) -> None:
-        if self.engine.rank == 0:
-            # A folder of its own: TensorBoard reads one file at a time of each.
-            folder, start = self.setup.folder / "tensorboard" / "samples", training.step
+        # A folder of its own: TensorBoard reads one file at a time of each.
+        folder, start = self.setup.folder / "tensorboard" / "samples", training.step
+
+        def prepare() -> None:
             self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
             self.clips = read_clips(self.setup, CLIPS)
+
+        alone(self.engine, prepare, folder)
 
     def after_step(self, training: Training, losses: Tensor) -> None:
         if not training.due(training.config.sample_every):
