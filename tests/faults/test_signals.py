@@ -69,25 +69,33 @@ def test_sigterm_to_one_rank(started, alone, table, rank, place):
     table.survived(kind)
 
 
+def told_at_random(run, moments, longest, table, kind, drawn):
+    """Tells one job after another to stop: one rank, some time after its start."""
+    for _ in range(moments):
+        running = start_ranks(job, 2, run.parent / "log", run)
+        time.sleep(drawn.uniform(0, longest))
+        running.send(signal.SIGTERM, drawn.choice([0, 1]))
+        codes = running.wait()
+        if codes == [0, 0]:
+            return
+        table.tried(kind)
+        # One that does not heed signals yet just ends.
+        assert codes == [SAVED, SAVED] or -signal.SIGTERM in codes, running.output()
+        assert last_step(run) == max(good_steps(run), default=0)
+        table.survived(kind)
+    finish(run)
+
+
 @pytest.mark.faults
 def test_sigterm_to_one_rank_at_random_moments(alone, tmp_path, table):
-    """Of a run from its start; where it ended before, of another one. Before a rank heeds signals it just ends."""
-    kind, drawn, number = "SIGTERM to one rank at a random moment", random.Random(2), 0
-    while table.records[kind].tried < 20:
-        run, codes = make_run(tmp_path / f"{number}" / "run", steps=STEPS, **SETTINGS), []
-        while codes != [0, 0]:
-            running = start_ranks(job, 2, run.parent / "log", run)
-            time.sleep(drawn.uniform(0, 3))
-            running.send(signal.SIGTERM, drawn.choice([0, 1]))
-            codes = running.wait()
-            if codes == [0, 0]:
-                break
-            table.tried(kind)
-            assert codes == [SAVED, SAVED] or -signal.SIGTERM in codes, running.output()
-            lost = last_step(run) - max(good_steps(run), default=0)
-            assert lost == 0
-            table.survived(kind, lost)
-        same(run, alone(STEPS))
+    """Of a run from its start; where it ended before, of another one."""
+    kind, drawn, number, begun = "SIGTERM to one rank at a random moment", random.Random(2), 0, time.monotonic()
+    expected = alone(STEPS)
+    longest = min(6.0, max(2.0, time.monotonic() - begun))
+    while (left := 20 - table.records[kind].tried) > 0:
+        run = make_run(tmp_path / f"{number}" / "run", steps=STEPS, **SETTINGS)
+        told_at_random(run, left, longest, table, kind, drawn)
+        same(run, expected)
         number += 1
 
 
