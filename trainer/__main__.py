@@ -144,7 +144,8 @@ def log_to(path: Path, quiet: bool) -> None:
         handlers=[logging.FileHandler(path), console],
         force=True,
     )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for chatty in ("DeepSpeed", "streaming"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":
