@@ -24,7 +24,11 @@ def left_by(pid):
 
 
 def killed(run, step):
-    """Kills all ranks once `step` is logged, waits for their loader workers, and returns the process of rank 0."""
+    """Kills all ranks once `step` is logged, and returns the process of rank 0.
+
+    Leaves names as well that streaming would have made next. What is left is looked at before the loader workers end:
+    from then on any job of ours may remove it.
+    """
     running, deadline = start_ranks(job, 2, run.parent / "killed", run), time.monotonic() + 60
     while last_step(run) < step:
         assert running.alive(), running.output()
@@ -34,8 +38,13 @@ def killed(run, step):
     assert len(workers) >= 4
     running.send(signal.SIGKILL)
     running.wait()
+    pid = running.processes[0].pid
+    assert len(left_by(pid)) > 2
+    (lock,) = SHARED_MEMORY.glob(f"{JOB_NAME}{pid}-*{LOCK}")
+    for number in range(20, 24):
+        (SHARED_MEMORY / f"{lock.name.removesuffix(LOCK)}-{number:06}_locals").write_bytes(b"")
     psutil.wait_procs(workers, timeout=30)
-    return running.processes[0].pid
+    return pid
 
 
 @pytest.fixture
@@ -56,10 +65,6 @@ def test_leftovers_of_a_killed_run(started, alone, tmp_path, strangers, table):
     run = started(STEPS, workers=2)
     table.tried(kind)
     pid = killed(run, 8)
-    assert len(left_by(pid)) > 2  # real ones; and such as streaming would make next, had their job gone on
-    (lock,) = SHARED_MEMORY.glob(f"{JOB_NAME}{pid}-*{LOCK}")
-    for number in range(20, 24):
-        (SHARED_MEMORY / f"{lock.name.removesuffix(LOCK)}-{number:06}_locals").write_bytes(b"")
     lost = last_step(run) - max(good_steps(run))
     running = start_ranks(job, 2, tmp_path / "log", run)
     assert running.wait() == [0, 0], running.output()
