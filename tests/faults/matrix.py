@@ -122,6 +122,15 @@ def attempt(function, ranks, run, *arguments, timeout=120, expected=None, **env)
     return codes, running.output()
 
 
+def wait_at_random(running, run, drawn):
+    """Waits for a moment that is `drawn`: of a job's start, or after one of its first steps."""
+    steps = drawn.randint(0, 8)
+    last = last_step(run) + steps
+    while steps and running.alive() and last_step(run) < last:
+        time.sleep(0.005)
+    time.sleep(drawn.uniform(0, 0.1 if steps else 3))
+
+
 def finish(run, ranks=2, function=job, arguments=(), **env):
     """The same command, to the end; returns how many steps it did again."""
     lost = last_step(run) - max(good_steps(run), default=0)

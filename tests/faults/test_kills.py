@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from faults.matrix import (
     job,
     last_step,
     same,
+    wait_at_random,
 )
 from ranks import start_ranks
 from training_runs import make_run
@@ -209,12 +209,11 @@ def test_killed_at_every_operation_of_a_resume_by_other_ranks(started, tmp_path,
     same(run, unkilled)
 
 
-def killed_at_random(run, moments, longest, table, kind):
-    """Kills one job after another some time after its start: one rank, or both."""
-    drawn = random.Random(1)
+def killed_at_random(run, moments, drawn, table, kind):
+    """Kills one job after another: one rank, or both."""
     for _ in range(moments):
         running = start_ranks(job, 2, run.parent / "log", run)
-        time.sleep(drawn.uniform(0, longest))
+        wait_at_random(running, run, drawn)
         running.send(signal.SIGKILL, drawn.choice([0, 1, None]))
         running.send(signal.SIGTERM)
         codes = running.wait()
@@ -231,13 +230,9 @@ def killed_at_random(run, moments, longest, table, kind):
 @pytest.mark.faults
 def test_killed_at_forty_random_moments(alone, tmp_path, table):
     """Of a run from its start; where it ended before the kill, of another one."""
-    kind = "SIGKILL at a random moment"
-    begun = time.monotonic()
-    expected = alone(STEPS)
-    longest = min(4.0, max(2.0, time.monotonic() - begun))
-    number = 0
-    while table.records[kind].tried < 40:
-        run = make_run(tmp_path / f"{number}" / "run", steps=STEPS, **SETTINGS)
-        killed_at_random(run, 40 - table.records[kind].tried, longest, table, kind)
-        same(run, expected)
-        number += 1
+    kind, drawn = "SIGKILL at a random moment", random.Random(1)
+    numbers = itertools.count()
+    while (left := 40 - table.records[kind].tried) > 0:
+        run = make_run(tmp_path / f"{next(numbers)}" / "run", steps=STEPS, **SETTINGS)
+        killed_at_random(run, left, drawn, table, kind)
+        same(run, alone(STEPS))

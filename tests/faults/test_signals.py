@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pkgutil
 import random
@@ -10,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from faults.matrix import KILLED, SETTINGS, STEPS, attempt, finish, good_steps, job, last_step, same
+from faults.matrix import KILLED, SETTINGS, STEPS, attempt, finish, good_steps, job, last_step, same, wait_at_random
 from ranks import start_ranks
 from training_runs import make_run
 
@@ -69,11 +70,11 @@ def test_sigterm_to_one_rank(started, alone, table, rank, place):
     table.survived(kind)
 
 
-def told_at_random(run, moments, longest, table, kind, drawn):
-    """Tells one job after another to stop: one rank, some time after its start."""
+def told_at_random(run, moments, drawn, table, kind):
+    """Tells one rank of one job after another to stop."""
     for _ in range(moments):
         running = start_ranks(job, 2, run.parent / "log", run)
-        time.sleep(drawn.uniform(0, longest))
+        wait_at_random(running, run, drawn)
         running.send(signal.SIGTERM, drawn.choice([0, 1]))
         codes = running.wait()
         if codes == [0, 0]:
@@ -89,14 +90,12 @@ def told_at_random(run, moments, longest, table, kind, drawn):
 @pytest.mark.faults
 def test_sigterm_to_one_rank_at_random_moments(alone, tmp_path, table):
     """Of a run from its start; where it ended before, of another one."""
-    kind, drawn, number, begun = "SIGTERM to one rank at a random moment", random.Random(2), 0, time.monotonic()
-    expected = alone(STEPS)
-    longest = min(6.0, max(2.0, time.monotonic() - begun))
+    kind, drawn = "SIGTERM to one rank at a random moment", random.Random(2)
+    numbers = itertools.count()
     while (left := 20 - table.records[kind].tried) > 0:
-        run = make_run(tmp_path / f"{number}" / "run", steps=STEPS, **SETTINGS)
-        told_at_random(run, left, longest, table, kind, drawn)
-        same(run, expected)
-        number += 1
+        run = make_run(tmp_path / f"{next(numbers)}" / "run", steps=STEPS, **SETTINGS)
+        told_at_random(run, left, drawn, table, kind)
+        same(run, alone(STEPS))
 
 
 @pytest.mark.parametrize(("rank", "place"), cases(HELD))
