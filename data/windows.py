@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.processes import die_with_parent
 from data.shards import Shards, count_records, world_size
 from model import artifact
 from model.errors import UserError
@@ -155,7 +156,7 @@ class WindowLoader:
             num_workers=workers,
             collate_fn=_apart if packed else _stacked,
             persistent_workers=workers > 0,
-            worker_init_fn=_collect_garbage,
+            worker_init_fn=_start_worker,
             multiprocessing_context="fork" if workers else None,  # the names of shared memory go with it
             generator=torch.Generator(),  # or else every epoch would draw from the training's random numbers
         )
@@ -237,9 +238,11 @@ def window_loader(
     return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers, packed)
 
 
-def _collect_garbage(worker: int) -> None:
-    """The training, which a worker is a copy of, may have put garbage collection off."""
+def _start_worker(worker: int) -> None:
+    """A worker is a copy of the training, which may have put garbage collection off, and must not outlive it: where
+    streaming lets workers wait for each other they would never see that the training is gone."""
     gc.enable()
+    die_with_parent()
 
 
 def _apart(windows: list[Window]) -> list[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import pytest
 from faults.matrix import STEPS, finish, good_steps, job, last_step, same
 from ranks import start_ranks
 
-from data.shards import JOB_NAME, LOCK, SHARED_MEMORY
+from data.shards import JOB_NAME, LOCK, SHARED_MEMORY, Shards
 
 FOLDERS = (SHARED_MEMORY, Path(tempfile.gettempdir()))
 
@@ -34,8 +34,7 @@ def killed(run, step):
         assert running.alive(), running.output()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    workers = [child for rank in running.processes for child in psutil.Process(rank.pid).children()]
-    assert len(workers) >= 4
+    workers = workers_of(running)
     running.send(signal.SIGKILL)
     running.wait()
     pid = running.processes[0].pid
@@ -43,8 +42,37 @@ def killed(run, step):
     (lock,) = SHARED_MEMORY.glob(f"{JOB_NAME}{pid}-*{LOCK}")
     for number in range(20, 24):
         (SHARED_MEMORY / f"{lock.name.removesuffix(LOCK)}-{number:06}_locals").write_bytes(b"")
-    psutil.wait_procs(workers, timeout=30)
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
     return pid
+
+
+def workers_of(running):
+    """The two loader processes of each of two ranks."""
+    workers = [child for rank in running.processes for child in psutil.Process(rank.pid).children()]
+    assert len(workers) >= 4
+    return workers
+
+
+def held_up(run):
+    """A job whose loader processes wait, as they do for each other where an epoch begins, and do not end by themselves."""
+    Shards.__iter__ = lambda self: time.sleep(600)
+    return job(run)
+
+
+def test_loader_processes_end_with_a_killed_rank(started, table):
+    kind = "SIGKILL while loader processes wait for each other"
+    run = started(STEPS, workers=2)
+    table.tried(kind)
+    running, deadline = start_ranks(held_up, 2, run.parent / "log", run), time.monotonic() + 60
+    while not all(psutil.Process(rank.pid).children() for rank in running.processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    workers = workers_of(running)
+    running.send(signal.SIGKILL)
+    running.wait()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    table.survived(kind)
 
 
 @pytest.fixture
