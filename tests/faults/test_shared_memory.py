@@ -54,7 +54,7 @@ def workers_of(running):
 
 
 def held_up(run):
-    """A job whose loader processes wait, as they do for each other where an epoch begins, and do not end by themselves."""
+    """A job whose loader processes wait, as for each other where an epoch begins, and do not end by themselves."""
     Shards.__iter__ = lambda self: time.sleep(600)
     return job(run)
 
