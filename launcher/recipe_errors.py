@@ -28,6 +28,9 @@ EXPECTED = {
     "model_type": "keys and values",
     "model_attributes_type": "keys and values",
 }
+MUST = "it must be "
+UNION_TAG = re.compile(r"constrained-\w+|int|float|bool|str|(literal|dict|list|tuple)\[.*\]")
+"""What pydantic adds to the place of a value that may be of several kinds: the kind that it is not."""
 BOUNDS = {
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
@@ -39,14 +42,21 @@ BOUNDS = {
 def plain_lines(error: ValidationError, model: type[BaseModel], own: Any, defaults: Any) -> list[str]:
     """One line a problem. `own` are the stages as the file has them, `defaults` its stage_defaults: a key that every
     stage has from there is named once, as the user wrote it."""
-    lines = []
+    found: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
-        location = problem["loc"]
+        location = tuple(part for part in problem["loc"] if not UNION_TAG.fullmatch(str(part)))
         shown = location
         if location[0] == "stages" and len(location) > 2 and _in(defaults, location[2:]) and not _in(own, location[1:]):
             shown = ("stage_defaults", *location[2:])
-        lines.append(_line(problem, _dotted(shown), model))
-    return list(dict.fromkeys(lines))
+        before, must, allowed = _line(problem, _dotted(shown), model).partition(MUST)
+        found.setdefault(before + must, []).append(allowed)
+    return [before + _any_of(choices) for before, choices in found.items()]
+
+
+def _any_of(choices: list[str]) -> str:
+    """One sentence of several; words last, since the one that was meant may be named after them."""
+    *first, last = sorted(dict.fromkeys(choices), key=lambda choice: choice[:1] == "'")
+    return " or ".join([*(choice.rstrip(".") for choice in first), last])
 
 
 def _line(problem: Any, name: str, model: type[BaseModel]) -> str:

@@ -104,6 +104,11 @@ def test_a_folder_without_a_recipe_is_no_run(tmp_path):
         ("parallel=0", "parallel is 0: it must be more than 0."),
         ("data.validation=1", "data.validation is 1: it must be less than 1."),
         ("data=5", "data is 5: it must be keys and values."),
+        ("stages.fine.train.micro_batch=-3", "micro_batch is -3: it must be more than 0 or 'auto'."),
+        (
+            "stage_defaults.train.resume=alway",
+            "train.resume is 'alway': it must be a whole number or 'auto' or 'always'. Did you mean always?",
+        ),
         ("encoders.codec.kind=mell", "encoders.codec.kind is 'mell': it must be 'mel' or 'encodec'. Did you mean mel?"),
         ("stages.fine.train.zero=zero9", "stages.fine.train.zero: There is no DeepSpeed configuration 'zero9'"),
         ("name=a/b", "name is 'a/b'"),
