@@ -127,7 +127,7 @@ def wait_at_random(running, run, drawn):
     steps = drawn.randint(0, 8)
     last = last_step(run) + steps
     while steps and running.alive() and last_step(run) < last:
-        time.sleep(0.005)
+        time.sleep(0.02)
     time.sleep(drawn.uniform(0, 0.1 if steps else 3))
 
 
