@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import tempfile
 import time
@@ -26,31 +27,33 @@ def left_by(pid):
 def killed(run, step):
     """Kills all ranks once `step` is logged, and returns the process of rank 0.
 
-    Leaves names as well that streaming would have made next. What is left is looked at before the loader workers end:
-    from then on any job of ours may remove it.
+    Leaves names as well that streaming would have made next. Meanwhile it holds the job's lock: as soon as that is free
+    any other job of ours may remove what is left.
     """
     running, deadline = start_ranks(job, 2, run.parent / "killed", run), time.monotonic() + 60
     while last_step(run) < step:
         assert running.alive(), running.output()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    workers = workers_of(running)
-    running.send(signal.SIGKILL)
-    running.wait()
-    pid = running.processes[0].pid
-    assert len(left_by(pid)) > 2
-    (lock,) = SHARED_MEMORY.glob(f"{JOB_NAME}{pid}-*{LOCK}")
-    for number in range(20, 24):
-        (SHARED_MEMORY / f"{lock.name.removesuffix(LOCK)}-{number:06}_locals").write_bytes(b"")
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    pid, workers = running.processes[0].pid, workers_of(running)
+    assert len(workers) == 4
+    (path,) = SHARED_MEMORY.glob(f"{JOB_NAME}{pid}-*{LOCK}")
+    with path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        running.send(signal.SIGKILL)
+        running.wait()
+        assert psutil.wait_procs(workers, timeout=10)[1] == []
+        assert len(left_by(pid)) > 2
+        for number in range(20, 24):
+            (SHARED_MEMORY / f"{path.name.removesuffix(LOCK)}-{number:06}_locals").write_bytes(b"")
     return pid
 
 
 def workers_of(running):
     """The two loader processes of each of two ranks."""
-    workers = [child for rank in running.processes for child in psutil.Process(rank.pid).children()]
-    assert len(workers) >= 4
-    return workers
+    ranks = {process.pid for process in running.processes}
+    processes = psutil.process_iter(["name", "ppid"])
+    return [one for one in processes if one.info["ppid"] in ranks and one.info["name"] == "pt_data_worker"]
 
 
 def held_up(run):
@@ -64,13 +67,12 @@ def test_loader_processes_end_with_a_killed_rank(started, table):
     run = started(STEPS, workers=2)
     table.tried(kind)
     running, deadline = start_ranks(held_up, 2, run.parent / "log", run), time.monotonic() + 60
-    while not all(psutil.Process(rank.pid).children() for rank in running.processes):
-        assert time.monotonic() < deadline
+    while len(workers := workers_of(running)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    workers = workers_of(running)
     running.send(signal.SIGKILL)
     running.wait()
+    assert len(workers) == 4
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     table.survived(kind)
 
