@@ -30,6 +30,17 @@ PRELOADED = [
 POLL_SECONDS = 0.02
 
 
+_started: list[BaseProcess] = []
+
+
+@atexit.register
+def _end_all() -> None:
+    """After a test that has failed amid a job, whose ranks Python would otherwise wait for."""
+    for process in _started:
+        if process.is_alive():
+            process.kill()
+
+
 @dataclass
 class Ranks:
     """A job that runs."""
@@ -93,6 +104,7 @@ def start_ranks(function: Callable[..., Any], count: int, folder: Path, *argumen
         process = context.Process(target=_rank, args=(function, arguments, own, folder / f"rank-{rank}.txt"))
         process.start()
         processes.append(process)
+    _started.extend(processes)
     return Ranks(processes, folder)
 
 

@@ -91,9 +91,11 @@ class Checkpointer:
         self._uploads = Uploads(remote, self.folder, self.config)
 
     def close(self) -> None:
-        """After everything else: waits for the upload under way, at most half of `hang_timeout`."""
+        """After everything else: waits for the upload under way, at most half of `hang_timeout`, and lets what only
+        stayed to be copied go."""
         if self._uploads:
             self._uploads.finish(self.config.hang_timeout / 2)
+            self._remove_superseded()
         self.engine.barrier()
 
     # Saving
@@ -170,17 +172,18 @@ class Checkpointer:
             )
         artifact.replace_folder(write.folder, self.path(write.step))
         artifact.sync(self.folder.parent)
-        for step in self._superseded():
-            self._remove(step)
+        self._remove_superseded()
         if self._uploads:
             self._uploads.start()
 
-    def _superseded(self) -> list[int]:
-        """Steps whose checkpoints may go. What is damaged does not count as kept: at least two good ones stay."""
+    def _remove_superseded(self) -> None:
+        """What is damaged does not count as kept: at least two good ones stay."""
         good = [step for step in steps_in(self.folder) if not problems(self.path(step), digests=False)]
         figures = {step: figure(read(self.path(step)).info, self.config) for step in good}
         uploading = self._uploads.uploading if self._uploads else None
-        return [step for step in superseded(figures, self.config) if step != uploading]
+        for step in superseded(figures, self.config):
+            if step != uploading:
+                self._remove(step)
 
     def _hidden(self, step: int, ending: str) -> Path:
         return self.folder / f".{step_name(step)}{ending}"
