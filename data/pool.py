@@ -28,5 +28,6 @@ def over_processes(
         return
     # Spawned, not forked: a fork of a process that runs threads can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=die_with_parent) as executor:
+    own = (os.getpid(),)
+    with ProcessPoolExecutor(processes, context, initializer=die_with_parent, initargs=own) as executor:
         yield from executor.map(function, tasks, chunksize=chunk)

@@ -16,11 +16,14 @@ from model.errors import UserError
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent ends, however that ends. Does nothing where not on Linux."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Asks the kernel to kill this process when its parent ends, however that ends. Does nothing where not on Linux.
+
+    A parent whose process id is known may have ended before this is called.
+    """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)

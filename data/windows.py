@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class WindowLoader:
             num_workers=workers,
             collate_fn=_apart if packed else _stacked,
             persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             multiprocessing_context="fork" if workers else None,  # the names of shared memory go with it
             generator=torch.Generator(),  # or else every epoch would draw from the training's random numbers
         )
@@ -238,11 +239,11 @@ def window_loader(
     return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers, packed)
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(parent: int, worker: int) -> None:
     """A worker is a copy of the training, which may have put garbage collection off, and must not outlive it: where
     streaming lets workers wait for each other they would never see that the training is gone."""
     gc.enable()
-    die_with_parent()
+    die_with_parent(parent)
 
 
 def _apart(windows: list[Window]) -> list[dict[str, Tensor]]:

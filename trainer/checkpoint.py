@@ -30,7 +30,7 @@ from torch import Tensor
 from model import artifact
 from model.errors import UserError
 from trainer import random_state
-from trainer.agreement import raise_alike, said
+from trainer.agreement import alone, raise_alike, said
 from trainer.checkpoint_folder import STATE, figure, problems, rank_file, read, seal, step_name, steps_in, superseded
 from trainer.config import TrainConfig
 from trainer.engine import Engine
@@ -137,7 +137,7 @@ class Checkpointer:
         write, self._pending = self._pending, None
         write.join()
         results = self.engine.gather(write.result)
-        self._agree([result for result in results if isinstance(result, str)])
+        raise_alike([result for result in results if isinstance(result, str)])
         self._decide(lambda: self._complete(write, {rank_file(n): r for n, r in enumerate(results)}))
         self.stall += time.monotonic() - started
         return write.step
@@ -199,16 +199,7 @@ class Checkpointer:
 
     def _decide(self, action: Callable[[], Result]) -> Result:
         """What `action` returns on rank 0, where alone it is done; what it raises is raised on all ranks."""
-        box: list[Result] = []
-        problem = None
-        if self.engine.rank == 0:
-            problem = said(lambda: box.append(action()), self.folder)
-        problem, box = self.engine.broadcast((problem, box))
-        self._agree([problem] if problem else [])
-        return box[0]
-
-    def _agree(self, problems: list[str]) -> None:
-        raise_alike(problems)
+        return alone(self.engine, action, self.folder)
 
     # Loading
 

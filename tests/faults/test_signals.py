@@ -25,7 +25,7 @@ PLACES = {
     "in a validation": ("trainer.engine:Engine", "evaluate", 3),
     "copying for a save": ("trainer.checkpoint:Checkpointer", "_copy", 2),
     "writing a checkpoint": ("trainer.checkpoint", "write_tensors", 2),
-    "finishing a save": ("trainer.checkpoint:Checkpointer", "_agree", 2),
+    "finishing a save": ("trainer.checkpoint", "raise_alike", 1),
 }
 """A method or function, and at which of its calls a signal comes."""
 HELD = ("taking a batch", "in a step", "in a validation", "copying for a save", "writing a checkpoint")

@@ -180,4 +180,5 @@ def test_the_launcher_says_what_became_of_a_lost_rank_and_from_where_it_goes_on(
     assert "coarse failed: it was killed, most often because the machine ran out of memory" in said
     newest = max(path.name for path in (run / "coarse" / "checkpoints").glob("step-*"))
     assert f"the same command goes on from step {int(newest.removeprefix('step-'))}." in said
-    assert "lost another rank after" in rank_log(run, 0)
+    # It waits for rank 1 at a connection that breaks or, at the start of an epoch, in shared memory.
+    assert any(words in rank_log(run, 0) for words in ("lost another rank after", "its process is stopped or lost"))
