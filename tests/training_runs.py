@@ -10,8 +10,10 @@ import yaml
 from helpers import FIELDS, coarse_config, quantizers
 from safetensors.torch import save_file
 
+from data.processes import plain_errors
 from data.shards import write_records
 from model import artifact
+from trainer.checkpoint_folder import step_name
 from trainer.config import StageConfig, TrainConfig
 from trainer.metrics_reader import read_metrics
 from trainer.tensor_files import SlicedTensors
@@ -47,6 +49,10 @@ SCHEDULE = {
 }
 
 
+TINY = {"steps": 12, "warmup_steps": 2, "log_every": 1, "validate_every": 99, "checkpoint_every": 2}
+"""What `make_run` takes for a training of a few steps with many checkpoints."""
+
+
 def make_run(folder, model=None, lengths=(SECONDS,), **train):
     """A run folder that is ready to train its coarse stage, with the keys `model` and `train` changed, on clips that go
     round `lengths` (seconds)."""
@@ -73,6 +79,35 @@ def make_run(folder, model=None, lengths=(SECONDS,), **train):
     return folder
 
 
+def job(run, *callbacks):
+    """A rank as `deepspeed --module trainer` starts it, with more callbacks."""
+    from trainer.__main__ import train
+
+    if callbacks:
+        import trainer.training
+
+        usual = trainer.training.callbacks
+        trainer.training.callbacks = lambda setup, engine: [*usual(setup, engine), *callbacks]
+    with plain_errors(run):
+        return train(run, "coarse")
+
+
+def change(run, **train):
+    """Changes keys of `train` in the recipe of a run folder."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stages"]["coarse"]["train"].update(train)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+def log_of(run, rank=0):
+    return (run / "coarse" / "logs" / f"rank-{rank:04d}.log").read_text()
+
+
+def checkpoints(run):
+    return run / "coarse" / "checkpoints"
+
+
 def weights_digest(run):
     return artifact.file_digest(run / "coarse" / "model.safetensors")
 
@@ -82,7 +117,7 @@ def rows(run, kind):
 
 
 def checkpoint(run, step):
-    return run / "coarse" / "checkpoints" / f"step-{step:08d}"
+    return checkpoints(run) / step_name(step)
 
 
 def holdings(folder):
@@ -128,8 +163,4 @@ def reload(run, dump):
 
 def copied(run, folder, step, **train):
     """The run as it was at `step`, with some keys of `train` changed."""
-    shutil.copytree(run, folder)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    recipe["stages"]["coarse"]["train"].update(train, resume=step)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
+    return change(shutil.copytree(run, folder), **train, resume=step)

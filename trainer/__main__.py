@@ -97,7 +97,7 @@ def attempt(setup: StageSetup, heartbeat: Heartbeat) -> int:
         return SAVED
     except Diverged as diverged:
         fail(str(diverged), DIVERGED)
-    except Exception as error:
+    except Exception as error:  # whatever it is: this log says it, since a rank that raises is seen by the others
         if not lost_a_rank(error):
             log.exception("this rank failed after %d steps, in %s", heartbeat.last.step, heartbeat.last.what)
             return FAULT

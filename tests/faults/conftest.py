@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from faults.matrix import EVERY, SETTINGS, Table, change, job
+from faults.matrix import EVERY, SETTINGS, Table
 from ranks import run_ranks
-from training_runs import make_run
+from training_runs import change, job, make_run
 
 TABLE = Table()
 

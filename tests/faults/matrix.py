@@ -5,17 +5,17 @@ Nothing in the product is made for them: the ranks of a test change themselves, 
 
 from __future__ import annotations
 
+import itertools
+import random
 import shutil
 import signal
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-import yaml
 from ranks import start_ranks
-from training_runs import rows, weights_digest
+from training_runs import checkpoints, job, make_run, rows, weights_digest
 
-from data.processes import plain_errors
 from trainer.checkpoint_folder import problems, step_name, steps_in
 
 STEPS, EVERY = 40, 2
@@ -32,18 +32,6 @@ FILES = ("rank-0000.safetensors", "rank-0001.safetensors", "state.json", "manife
 """Of a checkpoint of two ranks."""
 
 
-def job(run):
-    """A rank as `deepspeed --module trainer` starts it."""
-    from trainer.__main__ import train
-
-    with plain_errors(run):
-        return train(run, "coarse")
-
-
-def checkpoints(run):
-    return run / "coarse" / "checkpoints"
-
-
 def good_steps(run):
     return [step for step in steps_in(checkpoints(run)) if not problems(checkpoints(run) / step_name(step))]
 
@@ -57,12 +45,6 @@ def resumptions(run):
     log = run / "coarse" / "logs" / "rank-0000.log"
     lines = log.read_text().splitlines() if log.exists() else []
     return [int(line.split("resumed at step ")[1].split()[0]) for line in lines if "resumed at step" in line]
-
-
-def change(run, **train):
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["stages"]["coarse"]["train"].update(train)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
 @dataclass
@@ -120,6 +102,31 @@ def attempt(function, ranks, run, *arguments, timeout=120, expected=None, **env)
     codes = running.wait(timeout)
     assert resumptions(run)[len(before) :] in ([], [expected])
     return codes, running.output()
+
+
+def at_random_moments(folder, table, kind, times, seed, whole, disturb, lost):
+    """Disturbs one job after another of a run from its start; where that comes to its end, of another run.
+
+    `disturb(ranks, random)` sends the signals; `lost(run, codes, output)` checks what a disturbed job left and returns
+    the steps to do again. Each run must end as `whole` did.
+    """
+    drawn = random.Random(seed)
+    for number in itertools.count():
+        run = make_run(folder / f"{number}" / "run", steps=STEPS, **SETTINGS)
+        while table.records[kind].tried < times:
+            running = start_ranks(job, 2, run.parent / "log", run)
+            wait_at_random(running, run, drawn)
+            disturb(running, drawn)
+            codes = running.wait()
+            if codes == [0, 0]:  # it had ended before
+                break
+            table.tried(kind)
+            table.survived(kind, lost(run, codes, running.output()))
+        else:
+            finish(run)
+            same(run, whole)
+            return
+        same(run, whole)
 
 
 def wait_at_random(running, run, drawn):

@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from faults.matrix import SETTINGS, all_say, attempt, change, finish, good_steps, job, last_step, same
+from faults.matrix import SETTINGS, all_say, attempt, finish, good_steps, last_step, same
 from ranks import run_ranks
-from training_runs import checkpoint, holdings, make_run, rows
+from training_runs import change, checkpoint, holdings, job, make_run, rows
 
 from trainer.callback import Callback
 from trainer.exit_codes import DIVERGED, FAULT

@@ -9,7 +9,8 @@ import signal
 
 import pytest
 from buckets import BUCKET, environment, steps_there
-from faults.matrix import KILLED, STEPS, attempt, change, checkpoints, finish, good_steps, job, last_step, same
+from faults.matrix import KILLED, STEPS, attempt, finish, good_steps, last_step, same
+from training_runs import change, checkpoints, job
 
 from trainer.checkpoint_folder import problems, steps_in
 from trainer.remote import Remote

@@ -6,7 +6,8 @@ import itertools
 import time
 
 import pytest
-from faults.matrix import FILES, all_say, attempt, checkpoints, damage_file, finish, job, last_step, resumptions, same
+from faults.matrix import FILES, all_say, attempt, damage_file, finish, last_step, resumptions, same
+from training_runs import checkpoints, job
 
 from trainer.checkpoint_folder import step_name
 

@@ -8,7 +8,8 @@ import subprocess
 import time
 
 import pytest
-from faults.matrix import FILES, all_say, attempt, checkpoints, finish, good_steps, job, same
+from faults.matrix import FILES, all_say, attempt, finish, good_steps, same
+from training_runs import checkpoints, job
 
 from trainer.checkpoint_folder import step_name, steps_in
 from trainer.exit_codes import FAULT, HUNG

@@ -8,28 +8,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from faults.matrix import (
-    KILLED,
-    SETTINGS,
-    STEPS,
-    attempt,
-    checkpoints,
-    finish,
-    good_steps,
-    job,
-    last_step,
-    same,
-    wait_at_random,
-)
-from ranks import start_ranks
-from training_runs import make_run
+from faults.matrix import KILLED, STEPS, at_random_moments, attempt, finish, good_steps, last_step, same
+from training_runs import checkpoints, job
 
 from trainer.checkpoint_folder import step_name, steps_in
 
@@ -209,30 +195,19 @@ def test_killed_at_every_operation_of_a_resume_by_other_ranks(started, tmp_path,
     same(run, unkilled)
 
 
-def killed_at_random(run, moments, drawn, table, kind):
-    """Kills one job after another: one rank, or both."""
-    for _ in range(moments):
-        running = start_ranks(job, 2, run.parent / "log", run)
-        wait_at_random(running, run, drawn)
-        running.send(signal.SIGKILL, drawn.choice([0, 1, None]))
-        running.send(signal.SIGTERM)
-        codes = running.wait()
-        if KILLED not in codes:
-            assert codes == [0, 0], running.output()
-            return
-        table.tried(kind)
-        newest = good_steps(run)
-        assert newest == steps_in(checkpoints(run))
-        table.survived(kind, last_step(run) - max(newest, default=0))
-    finish(run)
+def kill(running, drawn):
+    """One rank, or both; what is left of the job is told to stop, as the launcher does."""
+    running.send(signal.SIGKILL, drawn.choice([0, 1, None]))
+    running.send(signal.SIGTERM)
+
+
+def lost_by_a_kill(run, codes, output):
+    assert KILLED in codes, output
+    newest = good_steps(run)
+    assert newest == steps_in(checkpoints(run))
+    return last_step(run) - max(newest, default=0)
 
 
 @pytest.mark.faults
 def test_killed_at_forty_random_moments(alone, tmp_path, table):
-    """Of a run from its start; where it ended before the kill, of another one."""
-    kind, drawn = "SIGKILL at a random moment", random.Random(1)
-    numbers = itertools.count()
-    while (left := 40 - table.records[kind].tried) > 0:
-        run = make_run(tmp_path / f"{next(numbers)}" / "run", steps=STEPS, **SETTINGS)
-        killed_at_random(run, left, drawn, table, kind)
-        same(run, alone(STEPS))
+    at_random_moments(tmp_path, table, "SIGKILL at a random moment", 40, 1, alone(STEPS), kill, lost_by_a_kill)

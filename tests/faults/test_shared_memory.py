@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults.matrix import STEPS, finish, good_steps, job, last_step, same
+from faults.matrix import STEPS, finish, good_steps, last_step, same
 from ranks import start_ranks
+from training_runs import job
 
 from data.shards import JOB_NAME, LOCK, SHARED_MEMORY, Shards
 

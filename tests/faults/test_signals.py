@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pkgutil
-import random
 import signal
 import time
 
 import psutil
 import pytest
-from faults.matrix import KILLED, SETTINGS, STEPS, attempt, finish, good_steps, job, last_step, same, wait_at_random
+from faults.matrix import KILLED, STEPS, at_random_moments, attempt, finish, good_steps, last_step, same
 from ranks import start_ranks
-from training_runs import make_run
+from training_runs import job
 
 from trainer.exit_codes import HUNG, SAVED
 
@@ -70,32 +68,21 @@ def test_sigterm_to_one_rank(started, alone, table, rank, place):
     table.survived(kind)
 
 
-def told_at_random(run, moments, drawn, table, kind):
-    """Tells one rank of one job after another to stop."""
-    for _ in range(moments):
-        running = start_ranks(job, 2, run.parent / "log", run)
-        wait_at_random(running, run, drawn)
-        running.send(signal.SIGTERM, drawn.choice([0, 1]))
-        codes = running.wait()
-        if codes == [0, 0]:
-            return
-        table.tried(kind)
-        # One that does not heed signals yet just ends.
-        assert codes == [SAVED, SAVED] or -signal.SIGTERM in codes, running.output()
-        assert last_step(run) == max(good_steps(run), default=0)
-        table.survived(kind)
-    finish(run)
+def tell(running, drawn):
+    running.send(signal.SIGTERM, drawn.choice([0, 1]))
+
+
+def lost_by_stopping(run, codes, output):
+    """Nothing; a rank that does not heed signals yet just ends."""
+    assert codes == [SAVED, SAVED] or -signal.SIGTERM in codes, output
+    assert last_step(run) == max(good_steps(run), default=0)
+    return 0
 
 
 @pytest.mark.faults
 def test_sigterm_to_one_rank_at_random_moments(alone, tmp_path, table):
-    """Of a run from its start; where it ended before, of another one."""
-    kind, drawn = "SIGTERM to one rank at a random moment", random.Random(2)
-    numbers = itertools.count()
-    while (left := 20 - table.records[kind].tried) > 0:
-        run = make_run(tmp_path / f"{next(numbers)}" / "run", steps=STEPS, **SETTINGS)
-        told_at_random(run, left, drawn, table, kind)
-        same(run, alone(STEPS))
+    kind = "SIGTERM to one rank at a random moment"
+    at_random_moments(tmp_path, table, kind, 20, 2, alone(STEPS), tell, lost_by_stopping)
 
 
 @pytest.mark.parametrize(("rank", "place"), cases(HELD))

@@ -7,38 +7,13 @@ import random
 import shutil
 
 import pytest
-import yaml
 from ranks import run_ranks, start_ranks
-from training_runs import make_run, rows, weights_digest
+from training_runs import TINY, change, checkpoints, job, log_of, make_run, rows, weights_digest
 
 from model import artifact
 from trainer import checkpoint_folder
 from trainer.checkpoint_folder import problems, step_name, steps_in, superseded
 from trainer.config import TrainConfig
-
-TINY = {"steps": 12, "warmup_steps": 2, "log_every": 1, "validate_every": 99, "checkpoint_every": 2}
-
-
-def job(run):
-    from trainer.__main__ import train
-
-    return train(run, "coarse")
-
-
-def checkpoints(run):
-    return run / "coarse" / "checkpoints"
-
-
-def log_of(run):
-    return (run / "coarse" / "logs" / "rank-0000.log").read_text()
-
-
-def change(run, **train):
-    """Changes keys of `train` in the recipe of a run folder."""
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["stages"]["coarse"]["train"].update(train)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return run
 
 
 def refused(run, tmp_path, ranks=1):

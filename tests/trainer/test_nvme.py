@@ -10,7 +10,7 @@ import pytest
 import torch
 from nvme import COMPILES, nvme
 from ranks import run_ranks, start_ranks
-from training_runs import checkpoint, copied, holdings, make_run, reload, rows, train_all, weights_digest
+from training_runs import checkpoint, copied, holdings, job, make_run, reload, rows, train_all, weights_digest
 
 import ds_configs
 from model.config import TransformerConfig
@@ -44,12 +44,6 @@ def zero(tmp_path):
     file = tmp_path / "nvme.json"
     file.write_text(json.dumps(settings))
     return str(file)
-
-
-def job(run):
-    from trainer.__main__ import train
-
-    return train(run, "coarse")
 
 
 def stopped(run):

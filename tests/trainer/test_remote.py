@@ -8,28 +8,12 @@ import threading
 import pytest
 from buckets import BUCKET, environment, keys, lose, steps_there
 from ranks import run_ranks, start_ranks
-from training_runs import make_run, weights_digest
+from training_runs import TINY, checkpoints, job, log_of, make_run, weights_digest
 
 from model import artifact
 from trainer.checkpoint_folder import problems, step_name, steps_in
 from trainer.config import TrainConfig
 from trainer.remote import Remote, Uploads
-
-TINY = {"steps": 12, "warmup_steps": 2, "log_every": 1, "validate_every": 99, "checkpoint_every": 2}
-
-
-def job(run):
-    from trainer.__main__ import train
-
-    return train(run, "coarse")
-
-
-def checkpoints(run):
-    return run / "coarse" / "checkpoints"
-
-
-def log_of(run):
-    return (run / "coarse" / "logs" / "rank-0000.log").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from ranks import start_ranks
 from rich.console import Console
-from training_runs import make_run
+from training_runs import log_of, make_run
 
 from launcher.graph import Origin, StageState
 from launcher.run_folder import RunFolder
@@ -85,10 +85,6 @@ def job(run, fault, place, call):
     return main(run)
 
 
-def rank_log(run, rank):
-    return (run / "coarse" / "logs" / f"rank-{rank:04d}.log").read_text()
-
-
 def start(tmp_path, settings, *arguments):
     run = make_run(tmp_path / "run", **settings)
     return run, start_ranks(job, 2, tmp_path / "ranks", run, *arguments)
@@ -97,10 +93,10 @@ def start(tmp_path, settings, *arguments):
 def test_a_rank_that_hangs_in_a_step_ends_the_job_and_every_stack_is_written(tmp_path):
     run, ranks = start(tmp_path, IMPATIENT, oversleep, "step", 4)
     assert ranks.wait() == [HUNG, HUNG]
-    assert " in oversleep" in rank_log(run, 1)
-    assert " in all_reduce" in rank_log(run, 0)
+    assert " in oversleep" in log_of(run, 1)
+    assert " in all_reduce" in log_of(run, 0)
     assert "error: the job hung. Rank " in ranks.output()
-    assert "after 3 steps, in the training step, and so did all others" in rank_log(run, 0)
+    assert "after 3 steps, in the training step, and so did all others" in log_of(run, 0)
     seen = json.loads((run / "coarse" / "heartbeat" / "rank-0001.json").read_text())
     assert (seen["step"], seen["what"]) == (3, "the training step")
 
@@ -108,8 +104,8 @@ def test_a_rank_that_hangs_in_a_step_ends_the_job_and_every_stack_is_written(tmp
 def test_a_rank_whose_interpreter_is_held_up_still_writes_its_stack_and_ends(tmp_path):
     run, ranks = start(tmp_path, IMPATIENT, hold_the_interpreter, "step", 4)
     assert ranks.wait() == [HUNG, FAULT]
-    assert " in hold_the_interpreter" in rank_log(run, 1)
-    assert "Rank 1 (process" in rank_log(run, 0)
+    assert " in hold_the_interpreter" in log_of(run, 1)
+    assert "Rank 1 (process" in log_of(run, 0)
 
 
 def test_a_stopped_rank_is_named_by_the_others(tmp_path):
@@ -117,7 +113,7 @@ def test_a_stopped_rank_is_named_by_the_others(tmp_path):
     ranks.processes[0].join(60)
     ranks.send(signal.SIGKILL, 1)
     assert ranks.wait() == [HUNG, -signal.SIGKILL]
-    assert f"Rank 1 (process {ranks.processes[1].pid} on" in rank_log(run, 0)
+    assert f"Rank 1 (process {ranks.processes[1].pid} on" in log_of(run, 0)
     assert "its process is stopped or lost" in ranks.output()
 
 
@@ -125,9 +121,9 @@ def test_a_rank_that_fails_in_a_step_is_heard_first(tmp_path):
     run, ranks = start(tmp_path, PATIENT, fail, "step", 4)
     assert ranks.wait(30) == [FAULT, FAULT]
     assert ranks.output().count("rank 1 broke here\n") == 1
-    assert "ValueError: rank 1 broke here" in rank_log(run, 1)
-    assert "lost another rank after 3 steps, in the training step" in rank_log(run, 0)
-    assert "Traceback" not in rank_log(run, 0)
+    assert "ValueError: rank 1 broke here" in log_of(run, 1)
+    assert "lost another rank after 3 steps, in the training step" in log_of(run, 0)
+    assert "Traceback" not in log_of(run, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +139,7 @@ def test_a_signal_to_one_rank_makes_all_save_at_the_same_step(tmp_path, fault, p
     run, ranks = start(tmp_path, {**PATIENT, "checkpoint_every": 99, "validate_every": 4}, fault, place, call)
     assert ranks.wait() == [SAVED, SAVED], ranks.output()
     for rank in range(2):
-        assert f"stopped at step {step} of 60" in rank_log(run, rank)
+        assert f"stopped at step {step} of 60" in log_of(run, rank)
     saved = [path.name for path in (run / "coarse" / "checkpoints").glob("step-*")]
     assert saved == ([f"step-{step:08d}"] if step else [])
 
@@ -181,4 +177,4 @@ def test_the_launcher_says_what_became_of_a_lost_rank_and_from_where_it_goes_on(
     newest = max(path.name for path in (run / "coarse" / "checkpoints").glob("step-*"))
     assert f"the same command goes on from step {int(newest.removeprefix('step-'))}." in said
     # It waits for rank 1 at a connection that breaks or, at the start of an epoch, in shared memory.
-    assert any(words in rank_log(run, 0) for words in ("lost another rank after", "its process is stopped or lost"))
+    assert any(words in log_of(run, 0) for words in ("lost another rank after", "its process is stopped or lost"))
