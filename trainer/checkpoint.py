@@ -104,7 +104,7 @@ class Checkpointer:
         """Copies what this rank holds and starts writing it. Of plain JSON, `state` is what the ranks share and take
         back, `info` what the manifest says besides.
 
-        An earlier write that is still under way is waited for. Without `checkpoint_async` this one is too.
+        An earlier write that is still under way is waited for.
         """
         self.finish()
         started = time.monotonic()
@@ -113,8 +113,6 @@ class Checkpointer:
         shared = copy.deepcopy((state, info))  # the training goes on and changes its own
         self._pending = _Write(step, folder, rank_file(self.engine.rank), tensors, *shared)
         self.stall += time.monotonic() - started
-        if not self.config.checkpoint_async:
-            self.finish()
 
     @property
     def busy(self) -> bool:

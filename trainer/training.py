@@ -175,7 +175,7 @@ class Training:
         state = self.guard.read()
         if state.bad_in_a_row >= self.config.most_bad_steps:
             self._save()
-            self.checkpoints.finish()
+            self._finish_save()
             self._close()
             stage = self.setup.stage
             good = self.step - state.bad_in_a_row
@@ -193,7 +193,7 @@ class Training:
         if self.due(self.config.checkpoint_every) or stop:
             self._finish_save()
             self._save()
-        if self.step == self.config.steps or stop:
+        if stop or self.step == self.config.steps or not self.config.checkpoint_async:
             self._finish_save()
         if stop and self.step < self.config.steps:
             self._interrupt()

@@ -271,6 +271,18 @@ def unshared(run):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_metrics_tell_of_each_checkpoint(tmp_path, asynchronous):
+    """So that one whose folder is gone is missed."""
+    run = make_run(tmp_path / "run", **TINY, checkpoint_async=asynchronous)
+    run_ranks(job, 1, tmp_path / "log", run)
+    told = rows(run, "checkpoint")
+    assert [row["step"] for row in told] == list(range(2, 13, 2))
+    stalls = [row["stall"] for row in told]
+    assert stalls[0] > 0
+    assert stalls == sorted(stalls)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_ranks_that_do_not_share_a_disk_are_told_so(tmp_path, asynchronous):
     run = make_run(tmp_path / "run", **TINY, checkpoint_async=asynchronous)
     started = start_ranks(unshared, 2, tmp_path / "log", run)
