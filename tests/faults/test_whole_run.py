@@ -82,22 +82,14 @@ def finish(run):
     assert (run / "report.html").exists()
 
 
-def killed_in(stages, run, table):
-    kind = "SIGKILL of the launcher in a stage of a whole run"
-    for stage in stages:
+@pytest.mark.faults
+def test_killed_in_every_stage(tmp_path, table):
+    run, kind = tmp_path / "run", "SIGKILL of the launcher in a stage of a whole run"
+    for stage in STAGES:
         table.tried(kind)
         kill_in(run, stage)
         table.survived(kind)
     finish(run)
-
-
-def test_killed_in_a_data_stage_and_in_a_trained_one(tmp_path, table):
-    killed_in(("embedding", "coarse"), tmp_path / "run", table)
-
-
-@pytest.mark.faults
-def test_killed_in_every_stage(tmp_path, table):
-    killed_in(STAGES, tmp_path / "run", table)
 
 
 @pytest.mark.faults
