@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import mmap
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model import artifact
+from trainer.large_file import LargeFile
 
 DTYPES = {"torch.float32": "F32", "torch.uint8": "U8", "torch.int64": "I64", "torch.float64": "F64"}
 BLOCK_BYTES = 16 << 20
@@ -34,25 +35,50 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         header[name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    parts = [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)]
+    parts += [tensor.contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *_blocks(tensors.values())):
-            digest.update(part)
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-        with contextlib.suppress(AttributeError):  # macOS has none
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk
-    if artifact.file_digest(path) != digest.hexdigest():
+    with LargeFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+        for block in _blocks(parts):
+            digest.update(block.data)
+            file.write(block.data)
+        file.sync()
+    if not _holds(path, parts):
         raise OSError(f"{path} reads back as something else than was written: the disk is not to be trusted.")
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _blocks(tensors: Iterable[Tensor]) -> Iterable[Any]:
-    for tensor in tensors:
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        for start in range(0, len(data), BLOCK_BYTES):
-            yield data[start : start + BLOCK_BYTES]
+def _holds(path: Path, parts: list[np.ndarray]) -> bool:
+    """Whether the file is those bytes: they are here to compare with, which takes less than another digest."""
+    target = _page_aligned(BLOCK_BYTES)
+    with LargeFile(path, os.O_RDONLY) as file:
+        for block in _blocks(parts):
+            there = target[: len(block)]
+            if file.read_into(there.data) < len(block) or not np.array_equal(there, block):
+                return False
+        return file.read_into(target.data) == 0
+
+
+def _blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The bytes of `parts`, one after another, in blocks of BLOCK_BYTES, the last of which is shorter. All are the same
+    memory. Numpy copies and compares without holding Python's lock."""
+    block = _page_aligned(BLOCK_BYTES)
+    filled = 0
+    for part in parts:
+        done = 0
+        while done < len(part):
+            count = min(BLOCK_BYTES - filled, len(part) - done)
+            block[filled : filled + count] = part[done : done + count]
+            filled, done = filled + count, done + count
+            if filled == BLOCK_BYTES:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]
+
+
+def _page_aligned(size: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
 def slice_name(kind: str, name: str, start: int) -> str:

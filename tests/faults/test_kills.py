@@ -77,8 +77,8 @@ def killed_in_save(run, rank, point):
             operations.passed(os.readlink(f"/proc/self/fd/{handle}"))
         original_fsync(handle)
 
-    def blocks(tensors):
-        for number, block in enumerate(original_blocks(tensors)):
+    def blocks(parts):
+        for number, block in enumerate(original_blocks(parts)):
             if number % BLOCKS_A_POINT == BLOCKS_A_POINT // 2:
                 operations.passed(operations.folder)
             yield block

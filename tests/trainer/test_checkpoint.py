@@ -333,12 +333,15 @@ def lying_disk(run):
     """A job whose disk gives back something else than it was given, once."""
     from trainer import tensor_files
 
-    original = tensor_files.artifact.file_digest
+    original = tensor_files.LargeFile.read_into
 
-    def file_digest(path):
-        return "0" * 64 if ".step-00000006" in str(path) and path.suffix == ".safetensors" else original(path)
+    def read_into(self, block):
+        count = original(self, block)
+        if ".step-00000006" in str(self.path):
+            block[0] ^= 1
+        return count
 
-    tensor_files.artifact.file_digest = file_digest
+    tensor_files.LargeFile.read_into = read_into
     return job(run)
 
 

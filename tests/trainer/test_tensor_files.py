@@ -1,0 +1,94 @@
+"""Files of tensors on disks of several kinds."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import artifact
+from trainer import large_file, tensor_files
+from trainer.tensor_files import write_tensors
+
+BLOCK_BYTES = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", BLOCK_BYTES)
+    large_file._say_cached.cache_clear()
+
+
+def check(path, count=3 * BLOCK_BYTES):
+    tensors = {
+        "a": torch.rand(count // 4),
+        "none": torch.empty(0),
+        "b": torch.arange(5),
+        "c": torch.rand(7, 3).T,
+        "d": torch.rand(2, dtype=torch.float64),
+    }
+    described = write_tensors(path, tensors)
+    assert described == {"bytes": path.stat().st_size, "sha256": artifact.file_digest(path)}
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("count", [0, 4, BLOCK_BYTES, 3 * BLOCK_BYTES, 5 * BLOCK_BYTES + 12])
+def test_a_file_of_any_length_holds_what_was_written(tmp_path, count):
+    check(tmp_path / "a.safetensors", count)
+
+
+def test_a_longer_file_in_its_place_is_cut_off(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(bytes(10 * BLOCK_BYTES))
+    check(tmp_path / "a.safetensors")
+
+
+def test_a_file_whose_length_is_whole_blocks(tmp_path, monkeypatch):
+    """The end is seen without a shorter block."""
+    path = tmp_path / "a.safetensors"
+    size = write_tensors(path, {"a": torch.zeros(1000)})["bytes"]
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", size // 8)
+    assert write_tensors(path, {"a": torch.zeros(1000)})["bytes"] == size
+
+
+def test_a_disk_without_direct_writes_is_said_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    original = os.open
+
+    def without(path, flags, *arguments, **named):
+        if flags & large_file.DIRECT:
+            raise OSError(errno.EINVAL, "no direct writes")
+        return original(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(large_file, "DIRECT", os.O_DIRECT)
+    monkeypatch.setattr(os, "open", without)
+    check(tmp_path / "a.safetensors")
+    check(tmp_path / "b.safetensors")
+    assert caplog.text.count("without direct writes") == 1
+
+
+def test_what_a_disk_takes_in_pieces_is_written_whole(tmp_path, monkeypatch):
+    """Of which a disk that writes directly would refuse the next."""
+    write, read = os.write, os.readv
+    monkeypatch.setattr(os, "write", lambda handle, block: write(handle, block[:1000]))
+    monkeypatch.setattr(os, "readv", lambda handle, blocks: read(handle, [block[:1000] for block in blocks]))
+    check(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("end", [-1, 1])
+def test_a_file_that_is_shorter_or_longer_than_what_was_written_is_found_out(tmp_path, monkeypatch, end):
+    path = tmp_path / "a.safetensors"
+    sync = tensor_files.LargeFile.sync
+
+    def torn(self):
+        sync(self)
+        os.truncate(self.path, self.path.stat().st_size + end)
+
+    monkeypatch.setattr(tensor_files.LargeFile, "sync", torn)
+    with pytest.raises(OSError, match="not to be trusted"):
+        check(path)
