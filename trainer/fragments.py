@@ -97,7 +97,7 @@ def fragments(engine: Any, optimizer: AdamW, change: bool = False) -> Iterator[F
     elif outer is optimizer:
         for parameter in names:
             yield fragment(parameter, parameter, 0, 0, parameter.numel())
-    else:
+    else:  # a wrapper of DeepSpeed's that none of our files leads to: to guess its layout could save wrong weights
         raise NotImplementedError(f"checkpoints of {type(outer).__name__} are not known how to be made")
 
 

@@ -1,4 +1,4 @@
-"""Large files that are written and read past the system's cache, where the disk can do that: it takes half as much of a
+"""Large files that are written and read past the system's cache, where the disk can do that: it takes less of a
 processor, and what the training reads stays in the cache."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LargeFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            _say_cached(path.parent)
+            _say_cached()
             self._handle = os.open(path, flags, 0o666)
 
     def __enter__(self) -> LargeFile:
@@ -71,5 +71,6 @@ class LargeFile:
 
 
 @cache
-def _say_cached(folder: Path) -> None:
-    log.info("%s is on a disk without direct writes: checkpoints go through the system's cache", folder.parent)
+def _say_cached() -> None:
+    """Once a process: every checkpoint has a folder of its own."""
+    log.info("the run folder is on a disk without direct writes: large files go through the system's cache")

@@ -67,8 +67,9 @@ def test_a_disk_without_direct_writes_is_said_once(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(large_file, "DIRECT", os.O_DIRECT)
     monkeypatch.setattr(os, "open", without)
-    check(tmp_path / "a.safetensors")
-    check(tmp_path / "b.safetensors")
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        check(folder / "a.safetensors")
     assert caplog.text.count("without direct writes") == 1
 
 
