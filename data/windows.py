@@ -178,6 +178,10 @@ class WindowLoader:
             self._count(len(batch) if isinstance(batch, list) else len(next(iter(batch.values()))))
             yield batch
 
+    def close(self) -> None:
+        """Ends the workers. Where Python is left to find them in a cycle, each may be waited for in vain for 5 s."""
+        del self._loader
+
     def _count(self, records: int) -> None:
         self._records += records * self._ranks
         if self._records >= self._shards.epoch_size:

@@ -80,6 +80,11 @@ class TrainingBatches:
         with self.waited.running():
             return [self._with_dropped(next(self._batches)) for _ in range(count)]
 
+    def close(self) -> None:
+        """Ends the loader's processes; no more batches can be taken."""
+        self._batches = None
+        self.loader.close()
+
     def _endless(self) -> Iterator[MicroBatch]:
         while True:
             yield from self.loader

@@ -204,6 +204,7 @@ class Training:
         raise Interrupted(f"stopped at step {self.step} of {self.config.steps}")
 
     def _close(self) -> None:
+        self.data.close()
         self.checkpoints.close()
         self.engine.clear_swap()
 

@@ -1,4 +1,4 @@
-"""One stage, trained by the real launcher on two ranks."""
+"""One stage, trained by the real launcher on two ranks, and what its settings change of what it learns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import FIELDS, ROOT, coarse_config, free_port, quantizers
+from ranks import run_ranks
 from safetensors.torch import load_file
-from training_runs import STEPS, make_run, record, rows, weights_digest
+from training_runs import STEPS, job, make_run, record, rows, train_all, weights_digest
 
 from model import artifact
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
@@ -25,8 +26,8 @@ from trainer.metrics_reader import read_metrics
 TIMEOUT = 180
 
 
-def start(run, ranks=2):
-    command = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+def start(run):
+    command = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     log = (run / "log.txt").open("a")
     return subprocess.Popen(
         [sys.executable, "-m", *command, "--module", "trainer", "--run", str(run), "--stage", "coarse"],
@@ -138,8 +139,7 @@ def test_dropping_and_masking_stay_on_across_validation_passes(tmp_path):
         "no dropping": make_run(tmp_path / "no dropping", {**both, "condition_dropout": 0.0}, steps=8),
         "no masking": make_run(tmp_path / "no masking", {**both, "forgetful_masking": 0.0}, steps=8),
     }
-    processes = {name: start(run, ranks=1) for name, run in runs.items()}
-    assert [finish(runs[name], process) for name, process in processes.items()] == [0] * len(runs)
+    run_ranks(train_all, 1, tmp_path / "log", *runs.values())
     weights = {name: load_file(run / "coarse" / "model.safetensors") for name, run in runs.items()}
     assert weights["always"].keys() == weights["never"].keys()
     for name, value in weights["always"].items():
@@ -159,10 +159,9 @@ def test_clips_of_different_lengths_are_packed_and_learnt_from(tmp_path):
     """A stage learns from clips shorter than its window; interrupted, it ends with the same weights."""
     settings = {"lengths": LENGTHS, "steps": 24, "validate_every": 12, "checkpoint_every": 4, "packing": True}
     left_alone, stopped = (make_run(tmp_path / name, **settings) for name in ("left alone", "stopped"))
-    process = start(left_alone)
     interrupt(stopped, 12, signal.SIGTERM)
-    assert finish(left_alone, process) == 0
-    train(stopped)
+    for run in (left_alone, stopped):
+        run_ranks(job, 2, tmp_path / "log", run)
     assert weights_digest(stopped) == weights_digest(left_alone)
     first, *_, last = rows(left_alone, "validation")
     assert first["loss"] == pytest.approx(math.log(256), rel=0.05)
@@ -182,8 +181,8 @@ def test_packed_windows_are_learnt_from_alike_however_they_are_shared_out(tmp_pa
         name: make_run(tmp_path / name, ranks=ranks, micro_batch=micro, **settings)
         for name, (ranks, micro) in shared.items()
     }
-    processes = {name: start(run, ranks=shared[name][0]) for name, run in runs.items()}
-    assert [finish(runs[name], process) for name, process in processes.items()] == [0, 0, 0]
+    run_ranks(train_all, 1, tmp_path / "one rank", runs["together"], runs["five micro batches"])
+    run_ranks(train_all, 2, tmp_path / "two ranks log", runs["two ranks"])
     expected = rows(runs.pop("together"), "train")
     for run in runs.values():
         for row, other in zip(expected, rows(run, "train"), strict=True):
@@ -195,8 +194,7 @@ def test_packing_windows_of_one_length_changes_nothing_but_rounding(tmp_path):
     """What is dropped and forgotten included: it is drawn alike."""
     settings = {"model": {"condition_dropout": 0.5, "forgetful_masking": 0.5}, **SHORT}
     runs = [make_run(tmp_path / f"{packing}", packing=packing, **settings) for packing in (False, True)]
-    processes = [start(run, ranks=1) for run in runs]
-    assert [finish(run, process) for run, process in zip(runs, processes, strict=True)] == [0, 0]
+    run_ranks(train_all, 1, tmp_path / "log", *runs)
     for kind in ("train", "validation"):
         for row, other in zip(*(rows(run, kind) for run in runs), strict=True):
             assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
