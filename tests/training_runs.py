@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 
 import numpy as np
@@ -133,7 +134,7 @@ def holdings(folder):
 
 
 def train_all(*runs):
-    """For `run_ranks`: trains in each of the folders, one after another."""
+    """For `run_ranks`: trains in each of the folders, one after another. None leaves a loader's process behind."""
     from trainer.engine import Engine, start_process_group
     from trainer.setup import SWAP, StageSetup
     from trainer.training import Training
@@ -142,6 +143,7 @@ def train_all(*runs):
     for run in runs:
         setup = StageSetup.read(run, "coarse")
         Training(setup, Engine(setup.build_model(), setup.config.train, setup.folder / SWAP)).run()
+        assert not multiprocessing.active_children()
     torch.distributed.destroy_process_group()
 
 
