@@ -35,6 +35,8 @@ class DataConfig(Config):
     """Share of the clips kept for validation: all clips of some source files, or the end of the only one."""
     silence_db: float = Field(-60.0, le=0)
     """Clips whose loudest 50 ms stay below this level (dB full scale) are skipped as silent."""
+    ranks: PositiveInt = 1
+    """Processes (one GPU each where there are GPUs) that fit the quantizers and make the tokens together."""
 
 
 def aligned_seconds(seconds: float, fields: Sequence[TokenField]) -> float:
