@@ -93,6 +93,8 @@ def _state(run: Path, stage: Stage, origin: Origin, made_from: dict[str, Any] | 
         if _checkpoints_of(folder) == origin.fingerprint:
             return StageState(stage.name, "partial", ("it was stopped before its end",))
         return StageState(stage.name, "outdated", tuple(differences(made_from, origin)))
+    if stage.resumed and artifact.began(folder, origin.fingerprint):
+        return StageState(stage.name, "partial", ("it was stopped before its end",))
     return StageState(stage.name, "missing")
 
 

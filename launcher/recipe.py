@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from data.config import DataConfig
+from data.config import DataConfig, TokensConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
 from model.config import STAGES, Config, EncodersConfig, QuantizersConfig, SamplingConfig
@@ -51,6 +51,7 @@ class Recipe(Config):
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
     quantizers: QuantizersConfig = QuantizersConfig()
+    tokens: TokensConfig = TokensConfig()
     stages: StagesConfig
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -134,6 +134,8 @@ class RunFolder:
                 continue
             for partial in folder.glob(f".*{artifact.PARTIAL}*"):
                 _remove(partial)
+            if (folder / artifact.MANIFEST).exists() and not folder.name.endswith(artifact.UNFINISHED):
+                shutil.rmtree(folder / artifact.WORK, ignore_errors=True)
             for old in folder.glob(".*.old"):
                 place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
                 _remove(old) if place.exists() else old.rename(place)

@@ -84,8 +84,22 @@ def quantizers(context: Context) -> dict[str, Any]:
 def tokens(context: Context) -> dict[str, Any]:
     from data.tokenise import tokenise
 
+    recipe = context.recipe
     corpus, codec, embedding, quantizers = (context.run / name for name in TOKENS_NEED)
-    return tokenise(corpus, codec, embedding, quantizers, context.recipe.encoders, context.folder, context.progress)
+    info, files = tokenise(
+        corpus,
+        codec,
+        embedding,
+        quantizers,
+        recipe.encoders,
+        recipe.tokens,
+        context.folder,
+        context.progress,
+        context.ranks,
+        recipe.data.workers,
+    )
+    context.files.update(files)
+    return info
 
 
 def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbedderConfig) -> dict[str, Any]:
@@ -101,5 +115,13 @@ STAGES = (
     Stage("codec", ("corpus",), codec_keys, 1, codec),
     Stage("embedding", ("corpus",), embedding_keys, 1, embedding),
     Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 1, quantizers),
-    Stage("tokens", TOKENS_NEED, picked("encoders.semantic", HOP), 1, tokens),
+    Stage(
+        "tokens",
+        TOKENS_NEED,
+        picked("encoders.semantic", HOP, "tokens", without=("tokens.batch_seconds",)),
+        2,
+        tokens,
+        lambda recipe: recipe.data.ranks,
+        resumed=True,
+    ),
 )
