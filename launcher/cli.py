@@ -114,11 +114,28 @@ def status(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, a checkpoint or a bundle.")],
+    record: Annotated[
+        str | None, typer.Option(metavar="ID|NUMBER", help="Of token shards: make this record into sound.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="WAV", help="Where the sound of --record goes.")
+    ] = Path("record.wav"),
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The run whose codec --record takes, if not the tokens' own."),
+    ] = None,
 ) -> None:
     """Show what a folder or file of Stretto's holds, and whether it is whole (exit code 1 where it is not)."""
+    from launcher.display import ConsoleProgress
     from launcher.inspect import print_inspection
+    from launcher.inspect_tokens import decode_record
 
-    if not print_inspection(path, Console()):
+    if record is not None:
+        print(f"{output}: {decode_record(path, record, run, output)}")
+        return
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        whole = print_inspection(path, Console(), progress)
+    if not whole:
         raise typer.Exit(1)
 
 
