@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.processes import die_with_parent, plain_errors
 from data.progress import Progress
@@ -63,11 +64,20 @@ def build(
         return
     for need, expected in origin.inputs.items():
         check_input(run, stage.name, need, expected)
-    make = artifact.resume if stage.resumed else artifact.create
-    with make(path, stage.makes, origin.fingerprint, origin.inputs) as (folder, info, *files):
+
+    def sealed(folder: Path) -> None:
+        stage.sealed(Context(run, recipe, folder, progress))
+
+    made = (path, stage.makes, origin.fingerprint, origin.inputs)
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        if stage.resumed:
+            folder, info, files = stack.enter_context(artifact.resume(*made, sealed))
+        else:
+            folder, info = stack.enter_context(artifact.create(*made))
         if ranks is not None:
             ranks.broadcast(str(folder))
-        info.update(body(Context(run, recipe, folder, progress, ranks, *files)))
+        info.update(body(Context(run, recipe, folder, progress, ranks, files)))
 
 
 def check_input(run: Path, stage: str, need: str, expected: str) -> None:

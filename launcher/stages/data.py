@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from launcher.stage import Context, Stage, picked
+from model import artifact
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
@@ -102,6 +103,14 @@ def tokens(context: Context) -> dict[str, Any]:
     return info
 
 
+def publish_tokens(context: Context) -> None:
+    """Lets shards that are kept elsewhere stand on their own there: the manifest comes last."""
+    from data.shard_writer import upload
+
+    if context.recipe.tokens.upload:
+        upload(context.folder, context.recipe.tokens.upload.rstrip("/"), artifact.MANIFEST)
+
+
 def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbedderConfig) -> dict[str, Any]:
     """For a pretrained encoder, what changes with the bytes of its weights."""
     from model.encoders import encoder_fingerprint
@@ -123,5 +132,6 @@ STAGES = (
         tokens,
         lambda recipe: recipe.data.ranks,
         resumed=True,
+        sealed=publish_tokens,
     ),
 )
