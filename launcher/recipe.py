@@ -209,10 +209,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         named.append((section, "weights"))
     for stage in values["stages"].values():
         named.append((stage["train"], "zero"))
-    for section, key in named:
-        # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
-        if section[key] is not None and (
-            section in (values["data"], values) or Path(section[key]).expanduser().exists()
-        ):
+    # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
+    named = [(section, key) for section, key in named if section[key] and Path(section[key]).expanduser().exists()]
+    for section, key in [*always, *named]:
+        if section[key] is not None:
             section[key] = str(Path(section[key]).expanduser().absolute())
     return Recipe.model_validate(values)
