@@ -80,7 +80,12 @@ class Hosts(Generic[Task]):
     def slow_down(self, host: str, seconds: float) -> None:
         """At least so many seconds from one request to the next, from now on."""
         with self._changed:
-            self._interval[host] = max(self._interval[host], seconds)
+            if seconds > self._interval[host]:
+                self._interval[host] = seconds
+                self._due[host] = time.monotonic() + seconds
+
+    def interval(self, host: str) -> float:
+        return self._interval[host]
 
     def pause(self, host: str, seconds: float) -> None:
         """No request for so many seconds."""
@@ -122,22 +127,27 @@ class Visit:
 
     def __init__(self, hosts: Hosts, host: str) -> None:
         self._hosts = hosts
-        self._host: str | None = host
-        self._unused = True
+        self._host: str | None = None
+        self._interval: float | None = None
+        self._stand_for(host)
 
     def reserve(self, host: str) -> None:
         """Waits until one request to `host` is allowed, unless one already is. Raises Stopped."""
-        if self._host == host and self._unused:
+        # What was allowed before the host asked for longer intervals is so no more.
+        if self._host == host and self._interval == self._hosts.interval(host):
             return
         self.leave()
         self._hosts.enter(host)
-        self._host, self._unused = host, True
+        self._stand_for(host)
 
     def spend(self) -> None:
         """The request that was reserved is made."""
-        self._unused = False
+        self._interval = None
 
     def leave(self) -> None:
         if self._host is not None:
             self._hosts.leave(self._host)
         self._host = None
+
+    def _stand_for(self, host: str) -> None:
+        self._host, self._interval = host, self._hosts.interval(host)

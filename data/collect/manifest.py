@@ -112,7 +112,8 @@ def http_address(text: str) -> str:
     except ValueError:
         raise Failure("malformed address", "it does not read as an address") from None
     if parts.scheme not in SCHEMES:
-        raise Failure("not http", f"addresses begin with http:// or https://, this one with {text[:20]!r}")
+        begins = f"{parts.scheme}:" if parts.scheme else "neither"
+        raise Failure("not http", f"addresses begin with http:// or https://, this one with {begins}")
     if not parts.hostname:
         raise Failure("malformed address", "it names no host")
     return urldefrag(text).url
