@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -28,8 +29,9 @@ class Hosts(Generic[Task]):
         self._queues: dict[str, list[tuple[float, int, Task]]] = defaultdict(list)
         self._due: dict[str, float] = defaultdict(float)
         self._open: Counter[str] = Counter()
-        # When a host may have work for someone, at the earliest. Looked at again when its time has come.
+        # When a host may have work for someone, at the earliest. Of several entries the one that is `_listed` counts.
         self._calendar: list[tuple[float, str]] = []
+        self._listed: dict[str, float] = {}
         self._order = itertools.count()
         self._unfinished = 0
         self._stopped = False
@@ -49,7 +51,10 @@ class Hosts(Generic[Task]):
                 if not self._calendar or self._calendar[0][0] > now:
                     self._changed.wait(self._calendar[0][0] - now if self._calendar else None)
                     continue
-                _, host = heapq.heappop(self._calendar)
+                ready, host = heapq.heappop(self._calendar)
+                if self._listed.get(host) != ready:
+                    continue
+                del self._listed[host]
                 if not self._queues[host] or self._open[host] >= self._connections:
                     continue  # it is announced again when this changes
                 if self._ready(host) > now:
@@ -117,8 +122,9 @@ class Hosts(Generic[Task]):
         return max(self._due[host], self._queues[host][0][0])
 
     def _announce(self, host: str) -> None:
-        if self._queues[host]:
-            heapq.heappush(self._calendar, (self._ready(host), host))
+        if self._queues[host] and self._ready(host) < self._listed.get(host, math.inf):
+            self._listed[host] = self._ready(host)
+            heapq.heappush(self._calendar, (self._listed[host], host))
         self._changed.notify_all()
 
 

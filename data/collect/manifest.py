@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
 
+from data.caption_files import CAPTION_COLUMNS, FILE_COLUMNS
 from data.collect.failure import Failure
-from data.collect.rows import rows
+from data.collect.rows import numbered, rows
 from model.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -20,8 +20,8 @@ URL = "url"
 SHA256 = "sha256"
 MALFORMED = "malformed row"
 SCHEMES = ("http", "https")
-NUMBERS = ("start", "end")
-"""Columns that are numbers (seconds) where a table, which knows only text, has something in them."""
+TEXTS = frozenset({SHA256, *CAPTION_COLUMNS, "tags", "split", "id"})
+"""Columns that stay text though a table may have only numbers in them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> Manifest:
         malformed = next((fault for fault in faults if fault.failure.reason == MALFORMED), None)
         found = f" Line {malformed.line} is {malformed.failure.detail}." if malformed else ""
         raise UserError(f"{path} has no column `url`, which names what to fetch.{found}")
+    if path.suffix.lower() != SUFFIXES[0]:
+        _make_numbers([row for source in sources.values() for row in source.rows])
     return Manifest(path, list(sources.values()), faults)
 
 
@@ -141,13 +143,17 @@ def _add(sources: dict[str, Source], line: int, columns: dict[str, Any]) -> None
 
 
 def _columns(row: dict[str, Any] | str) -> dict[str, Any]:
-    """The columns that have something in them; the address's is `url`, however it is spelt."""
+    """The columns that have something in them. The address's is `url`, however it is spelt; what would be taken for the
+    path of a file is told apart from the one that the file will have."""
     if isinstance(row, str):
         raise Failure(MALFORMED, row)
-    columns = {name: _number(name, value) for name, value in row.items() if value not in (None, "")}
-    spelt = next((name for name in row if name.strip().lower() == URL), None)
-    if spelt is not None:
-        columns[URL] = columns.pop(spelt, None)
+    columns = {}
+    for name, value in row.items():
+        kind = name.strip().lower()
+        if kind == URL:
+            columns[URL] = value
+        elif value not in (None, ""):
+            columns[f"original_{name}" if kind in FILE_COLUMNS else name] = value
     return columns
 
 
@@ -163,9 +169,9 @@ def _cells(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         raise UserError(f"{path} cannot be read: {error.strerror}. Name a manifest of addresses.") from None
 
 
-def _number(name: str, value: Any) -> Any:
-    """A table knows only text; whoever reads a time that is no number says what is wrong with it."""
-    if name in NUMBERS and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
+def _make_numbers(rows: list[Row]) -> None:
+    """A table knows only text: columns that have a number in every row become numbers."""
+    columns = [{name: value for name, value in row.columns.items() if name.lower() not in TEXTS} for row in rows]
+    numbered(columns)
+    for row, numbers in zip(rows, columns, strict=True):
+        row.columns.update(numbers)

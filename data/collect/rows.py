@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -45,3 +46,19 @@ def _table_rows(file: TextIO) -> Iterator[tuple[int, Row]]:
         if row is None:
             return
         yield reader.line_num, row if None not in row else "it has more fields than the header"
+
+
+def numbered(rows: list[dict[str, Any]]) -> None:
+    """Makes numbers of the columns of a text table whose every value is one, in all `rows`."""
+    for name in {name for row in rows for name in row}:
+        texts = [row[name] for row in rows if name in row]
+        for kind in (int, float):
+            try:
+                values = {text: kind(text) for text in texts}
+            except ValueError:
+                continue
+            if all(map(math.isfinite, values.values())):
+                for row in rows:
+                    if name in row:
+                        row[name] = values[row[name]]
+            break

@@ -90,11 +90,13 @@ def stretto(*arguments, **settings):
 def test_files_are_kept_with_all_columns_of_their_rows(tmp_path, web, suffix):
     web.add("/a", SONG, Content_Type="audio/x-flac; charset=binary")
     url = web.add("/b.ogg?x=1", SONG[1:], Content_Type="application/octet-stream")
+    again, cc0 = f"http://{web.host}/a#again", {"licence": "CC0"}
     rows = [
-        {"url": f"http://{web.host}/a", "captions": "a calm, slow piano", "start": 0.5, "licence": "CC0"},
-        {"url": url, "captions": "ünïcode", "start": 2.0, "licence": "CC0"},
-        {"url": f"http://{web.host}/a#again", "captions": "the same file", "start": 4.0, "licence": "CC0"},
+        {"url": f"http://{web.host}/a", "captions": "a calm, slow piano", "start": 0.5, "year": 1990, **cc0},
+        {"url": url, "captions": "ünïcode", "start": 2.0, "year": 2001, **cc0},
+        {"url": again, "captions": "the same file", "start": 4.0, "year": 1990, **cc0},
     ]
+    names = ("captions", "start", "year", "licence")
     manifest = tmp_path / f"manifest{suffix}"
     if suffix == ".jsonl":
         write(manifest, rows)
@@ -105,9 +107,7 @@ def test_files_are_kept_with_all_columns_of_their_rows(tmp_path, web, suffix):
             writer.writerows(rows)
     outcome = collect(manifest, tmp_path / "out", LIMITS, Progress())
     found = listed(tmp_path / "out" / "manifest.jsonl")
-    assert [{name: row[name] for name in ("captions", "start", "licence")} for row in found] == [
-        {name: value for name, value in row.items() if name != "url"} for row in rows
-    ]
+    assert [[row[name] for name in names] for row in found] == [[row[name] for name in names] for row in rows]
     assert [os.path.splitext(row["path"])[1] for row in found] == [".flac", ".ogg", ".flac"]
     assert kept(tmp_path) == {f"http://{web.host}/a": SONG, url: SONG[1:]}
     assert sorted(web.paths()) == ["/a", "/b.ogg?x=1"]
@@ -121,6 +121,15 @@ def test_the_same_contents_of_two_addresses_are_stored_once_and_noted(tmp_path, 
     assert rows[0]["path"] == rows[1]["path"]
     assert [row.get("duplicate_of") for row in rows] == [None, first]
     assert len([path for path in (tmp_path / "out" / "audio").rglob("*") if path.is_file()]) == 1
+
+
+def test_columns_that_would_be_taken_for_the_file_are_told_apart(tmp_path, web, gather):
+    gather({"url": web.add("/a.mp3", SONG), "file": "theirs.wav", "Path": "x", "bytes": 3, "id": ""})
+    [row] = listed(tmp_path / "out" / "manifest.jsonl")
+    assert row["original_file"] == "theirs.wav"
+    assert row["original_Path"] == "x"
+    assert row["bytes"] == len(SONG)
+    assert not {"file", "Path", "id"} & set(row)
 
 
 def test_no_server_chooses_where_a_file_goes(tmp_path, web, gather):
