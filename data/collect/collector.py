@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
@@ -57,7 +58,9 @@ def collect(manifest: Path, folder: Path, limits: Limits, progress: Progress) ->
     sources = read_manifest(manifest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(f"{folder} cannot be a folder: {error.strerror}. Name another with -o.") from None
     with locked(folder):
         record = Record(folder, sources)

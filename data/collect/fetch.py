@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,14 +151,12 @@ class Fetcher:
                 url, headers=headers, stream=True, allow_redirects=redirects, timeout=timeout
             ) as response:
                 yield response
-        except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
-            raise Failure("certificate", _cause(error)) from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError):
             raise Failure("malformed address", "it does not read as an address") from None
         except (requests.Timeout, urllib3.exceptions.TimeoutError):
             raise Transient("timeout", f"no answer for {limits.timeout:g} s") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise Transient("connection", _cause(error)) from None
+            raise _connection_failure(error) from None
 
     def _obey_robots(self, url: str, visit: Visit) -> None:
         visit.reserve(host_of(url))  # before the lock of the rules is held: its holder must not wait for the others
@@ -259,14 +258,16 @@ def _status(response: requests.Response) -> str:
     return f"{response.status_code} {response.reason or ''}".rstrip()
 
 
-def _cause(error: BaseException) -> str:
-    """What the system says at the root of a fault. The fault itself would show addresses with all they hold."""
-    found = "the connection broke"
+def _connection_failure(error: BaseException) -> Failure:
+    """What the system says at the root of a fault: the fault itself would show addresses with all they hold."""
+    root: OSError | None = None
     seen: BaseException | None = error
     while seen is not None:
-        reason = seen.args[0] if seen.args else None
-        reason = getattr(reason, "reason", reason)
         if isinstance(seen, OSError) and seen.strerror:
-            found = seen.strerror
-        seen = seen.__cause__ or seen.__context__ or (reason if isinstance(reason, BaseException) else None)
-    return found
+            root = seen
+        wrapped = seen.args[0] if seen.args else None
+        wrapped = getattr(wrapped, "reason", wrapped)
+        seen = seen.__cause__ or seen.__context__ or (wrapped if isinstance(wrapped, BaseException) else None)
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return Failure("certificate", root.verify_message)
+    return Transient("connection", str(root.strerror) if root else "the connection broke")

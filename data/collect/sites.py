@@ -86,8 +86,9 @@ def _extractors() -> list[Any]:
 
 def _plain(error: Exception) -> str:
     """The first line of what yt-dlp says, without colours, addresses and what it asks its users to report."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n")[0].partition("; please report")[0]
-    return re.sub(r"https?://\S+", "…", text.removeprefix("ERROR: "))[:300]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).removeprefix("ERROR: ")
+    text = re.split(r"\n|; please report| \(caused by", text)[0]
+    return re.sub(r"https?://\S+", "…", text)[:300]
 
 
 class _Silence:
