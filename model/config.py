@@ -33,8 +33,8 @@ class CodecConfig(Config):
 
     kind: Literal["mel", "encodec"] = "mel"
     weights: str | None = None
-    """Folder or hub id of pretrained weights, or a checkpoint of the encodec library (.th); the built-in codec is fitted
-    in the run and has none."""
+    """Folder or hub id of pretrained weights, or a checkpoint of the encodec library (.th); the built-in codec is
+    fitted in the run and has none."""
     sample_rate: PositiveInt = 16_000
     """EnCodec has a model for 24000 (mono) and one for 48000 (stereo)."""
     frame_rate: PositiveInt = 25

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,8 +30,3 @@ def by_rows(function: Callable[[Tensor], Tensor], batch: Tensor, seconds: float)
     """`function` of a few rows of `batch` at a time, each `seconds` long in memory."""
     rows = max(1, int(BATCH_SECONDS / max(seconds, 1e-3)))
     return function(batch) if len(batch) <= rows else torch.cat([function(part) for part in batch.split(rows)])
-
-
-def blocks(frames: int, size: int) -> Iterator[slice]:
-    """`[0, frames)` in slices of at most `size`."""
-    return (slice(start, min(start + size, frames)) for start in range(0, frames, size))

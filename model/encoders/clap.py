@@ -24,6 +24,8 @@ BATCH = 64
 class ClapEmbedder:
     """Up to 10 s of audio at 48 kHz, or text → unit vectors."""
 
+    fitted = False
+
     def __init__(self, config: JointEmbedderConfig) -> None:
         """Raises UserError where there are no weights, or where they are not what `config` says or are damaged."""
         source = find_weights(config)
@@ -109,7 +111,11 @@ def _from_folder(config: JointEmbedderConfig, folder: Path) -> tuple[Any, Any, A
     read_json("clap", folder, PREPROCESSOR)
     extractor = ClapFeatureExtractor.from_pretrained(folder, local_files_only=True)
     _check(found, config, extractor)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights_key('clap')}: the tokenizer in {folder} does not load: {reason}") from None
     return load_pretrained(ClapModel, "clap", folder, found), extractor, tokenizer
 
 

@@ -1,7 +1,7 @@
 """EnCodec (Defossez et al. 2022), 24 kHz mono and 48 kHz stereo, run by transformers.
 
-Weights come as transformers save them, or as the `encodec` library's own checkpoints (`encodec_24khz-d7cc33bc.th`): both
-give the same codes.
+Weights come as transformers save them, or as the `encodec` library's own checkpoints (`encodec_24khz-d7cc33bc.th`): the
+codes are the same.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ ARCHITECTURES: dict[int, dict[str, Any]] = {
 class EncodecCodec:
     """EnCodec at the bandwidth with the codebooks that `config.quantizers` asks for.
 
-    The model of 24 kHz takes a wave of any length as one (`Continuous`). That of 48 kHz takes seconds of it, each scaled
-    to one loudness, and the loudness is one more code of a frame, the first (`Segmented`): its `config.quantizers` is
+    The model of 24 kHz takes a wave of any length as one (`Continuous`). That of 48 kHz takes seconds of it, each
+    scaled to one loudness, which is then one more code of a frame, the first (`Segmented`): its `config.quantizers` is
     one more than its codebooks. Always in fp32: bf16 changes most codes (83 % of the first codebook's).
     """
+
+    fitted = False
 
     def __init__(self, config: CodecConfig) -> None:
         """Raises UserError where there are no weights, or where they are not what `config` says."""
@@ -64,7 +66,7 @@ class EncodecCodec:
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
-        """Codes int64 `[batch, samples // hop, quantizers]` of `wave` `[batch, samples]`, in stereo `[batch, 2, samples]`.
+        """Codes int64 `[batch, samples // hop, quantizers]` of `wave`, `[batch, samples]` or `[batch, 2, samples]`.
 
         Long waves are done in chunks (`Continuous`) or segments (`Segmented`).
         """
@@ -76,11 +78,8 @@ class EncodecCodec:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """A wave `[batch, frames × hop]`, in stereo `[batch, 2, frames × hop]`; the first few quantizers will do too."""
-        if not codes.shape[1]:
-            wave = torch.zeros(len(codes), self.channels, 0)
-        else:
-            wave = self._coder.decode(codes.long())
+        """A wave, `[batch, frames × hop]` or `[batch, 2, frames × hop]`; the first few quantizers will do."""
+        wave = self._coder.decode(codes.long()) if codes.shape[1] else torch.zeros(len(codes), self.channels, 0)
         return wave[:, 0] if self.channels == 1 else wave
 
     def save(self, folder: Path) -> None:
@@ -120,8 +119,8 @@ def _check(found: Any, config: CodecConfig) -> None:
     """Raises UserError where the recipe and the weights do not fit."""
     if (found.audio_channels, found.normalize, found.chunk_length_s) not in ((1, False, None), (2, True, 1.0)):
         raise UserError(
-            f"{weights_key('encodec')}: EnCodec of 24 kHz (mono, whole waves) and of 48 kHz (stereo, normalised seconds) "
-            "work; these weights are neither."
+            f"{weights_key('encodec')}: EnCodec of 24 kHz (mono, whole waves) and of 48 kHz (stereo, normalised "
+            "seconds) work; these weights are neither."
         )
     for key, value, wanted in (
         ("sample_rate", config.sample_rate, found.sampling_rate),

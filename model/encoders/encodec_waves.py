@@ -1,5 +1,7 @@
-"""How each of the two EnCodec models takes a wave: as a whole, or second by second. Waves are `[batch, channels, samples]`
-of whole frames, codes int64 `[batch, frames, quantizers]`."""
+"""How each of the two EnCodec models takes a wave: as a whole, or second by second.
+
+Waves are `[batch, channels, samples]` of whole frames, codes int64 `[batch, frames, quantizers]`.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ LEVEL_FLOOR_DB = -100.0
 class Continuous:
     """The causal model of 24 kHz: one wave, one sequence of codes.
 
-    Waves beyond CHUNK_SECONDS are cut into chunks, each with CONTEXT_SECONDS before it for the model's LSTM to settle. At
-    least 99.9 % of the codes equal those of the whole wave (all of them, with random weights), and the wave decoded in
-    chunks is that decoded at once to within 1e-3 of its peak.
+    Waves beyond CHUNK_SECONDS are cut into chunks, each with CONTEXT_SECONDS before it for the model's LSTM to settle.
+    At least 99.9 % of the codes equal those of the whole wave (all of them, with random weights), and the wave decoded
+    in chunks is that decoded at once to within 1e-3 of its peak.
     """
 
     def __init__(self, model: Any, bandwidth: float) -> None:
@@ -63,10 +65,10 @@ class Segmented:
     nearer, and there are 150 frames a second. The last segment ends with the wave, however far it then overlaps.
     Decoding cuts segments in the same way from wherever the codes begin, and fades from each to the next.
 
-    What the model takes out of a segment is its loudness (root mean square of the mono mix). It is kept as the first code
-    of each frame, in steps of LEVEL_STEP_DB from LEVEL_FLOOR_DB up; the codebooks come after it. A decoded segment has
-    the median of its frames' loudness, so that codes cut or made from anywhere know how loud they are. Segments are
-    worked out one by one: a long wave has the same codes in whatever pieces of memory it is done.
+    What the model takes out of a segment is its loudness (root mean square of the mono mix): its codes say nothing of
+    it. It is kept as the first code of each frame, in steps of LEVEL_STEP_DB from LEVEL_FLOOR_DB up; the codebooks come
+    after it. A decoded segment has the median of its frames' loudness, so that codes cut or made from anywhere know how
+    loud they are. A wave of any length is done by a bounded number of segments at a time, with the same codes.
     """
 
     def __init__(self, model: Any, bandwidth: float) -> None:
@@ -116,6 +118,8 @@ class Segmented:
         return torch.cat([level[:, None].expand(-1, codes.shape[1], 1), codes], 2)
 
     def _decode(self, codes: Tensor) -> Tensor:
+        if codes.shape[2] == 1:  # a loudness, but of nothing
+            return torch.zeros(len(codes), self.model.config.audio_channels, codes.shape[1] * self.hop)
         decibels = LEVEL_FLOOR_DB + LEVEL_STEP_DB * codes[..., 0].median(1).values
         scale = (10 ** (decibels / 20)).to(self.model.device)
         stacked = codes[..., 1:].transpose(1, 2)[None].to(self.model.device)

@@ -44,7 +44,11 @@ def load_laion(config: JointEmbedderConfig, file: Path) -> tuple[Any, Any, Any]:
     from transformers import ClapFeatureExtractor, ClapModel, RobertaTokenizerFast
 
     folder = find_tokenizer(config, file)
-    tokenizer = RobertaTokenizerFast.from_pretrained(folder, local_files_only=True, model_max_length=LONGEST_TEXT)
+    try:
+        tokenizer = RobertaTokenizerFast.from_pretrained(folder, local_files_only=True, model_max_length=LONGEST_TEXT)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"encoders.joint.tokenizer: the one in {folder} does not load: {reason}") from None
     tensors = _renamed(read_tensors("clap", file))
     found = _architecture(tensors, file)
     if len(tokenizer) != found.text_config.vocab_size:

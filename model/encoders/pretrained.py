@@ -71,7 +71,9 @@ def find_weights(config: EncoderConfig) -> Path:
         return path
     folder = find_folder(key, name)
     if not (folder / CONFIG).is_file() or not any((folder / file).is_file() for file in WEIGHTS):
-        raise UserError(f"{key}: {folder} needs {CONFIG} and {WEIGHTS[0]} (or {WEIGHTS[2]}), as transformers save them.")
+        raise UserError(
+            f"{key}: {folder} needs {CONFIG} and {WEIGHTS[0]} (or {WEIGHTS[2]}), as transformers save them."
+        )
     return folder
 
 
@@ -113,7 +115,7 @@ def find_tokenizer(config: JointEmbedderConfig, file: Path) -> Path:
         except UserError:
             continue
     raise UserError(
-        f"{key}: {file.name} needs RoBERTa's tokenizer, which is neither beside it nor in the local Hugging Face cache.\n"
+        f"{key}: {file.name} needs RoBERTa's tokenizer, neither beside it nor in the local Hugging Face cache.\n"
         f"Fetch it once with `hf download {TOKENIZERS[0]}`, or name a folder with its vocab.json and merges.txt."
     )
 
