@@ -98,8 +98,8 @@ def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbed
 
 STAGES = (
     Stage("corpus", (), corpus_keys, 1, corpus),
-    Stage("codec", ("corpus",), codec_keys, 1, codec),
+    Stage("codec", ("corpus",), codec_keys, 2, codec),
     Stage("embedding", ("corpus",), embedding_keys, 1, embedding),
-    Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 1, quantizers),
+    Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 2, quantizers),
     Stage("tokens", TOKENS_NEED, picked("encoders.semantic", HOP), 1, tokens),
 )
