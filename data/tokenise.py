@@ -27,6 +27,7 @@ from data.tokeniser import Tokeniser
 from data.waves import Reader, Waves, read_ahead
 from model import artifact
 from model.config import EncodersConfig
+from model.encoders.check import check_encoders
 from model.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def tokenise(
     """
     ranks = ranks or Ranks()
     tokeniser = Tokeniser(codec, embedding, quantizers, encoders)
+    if encoders.check and ranks.leads:
+        check_encoders(tokeniser.codec, tokeniser.semantic, tokeniser.joint)
     longest = read_clips(corpus, TRAIN)[0].seconds
     clips = {
         split: [tokeniser.aligned(clip, longest) for clip in read_clips(corpus, split, short=True)]

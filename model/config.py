@@ -100,9 +100,12 @@ class KMeansConfig(Config):
     levels: PositiveInt = 1
     codebook_size: int = Field(256, ge=2, le=65_536)
     iterations: PositiveInt = 20
-    """Passes over the data for each level."""
-    fit_vectors: PositiveInt = 50_000
-    """At most this many vectors, sampled over the training clips, are used."""
+    """At most this many passes over all vectors for each level."""
+    fit_vectors: PositiveInt | None = 50_000
+    """At most this many vectors, sampled over the training clips, are used; all of them when null. They are kept on the
+    disk while the fit lasts: the memory it takes does not depend on them."""
+    start: Literal["kmeans++", "sample"] = "kmeans++"
+    """What a level starts from: vectors drawn far from each other, or drawn evenly, which takes less time."""
 
 
 class QuantizersConfig(Config):
