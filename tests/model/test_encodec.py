@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from small_encoders import STEREO as SMALL_STEREO
-from small_encoders import save_encodec
+from small_encoders import Evil, save_encodec
 
 from model.config import CodecConfig
 from model.encoders import chunks, encodec_waves, encoder_fingerprint, load_codec
@@ -73,7 +72,9 @@ def test_a_folder_of_transformers_gives_the_same_codes(mono, tmp_path):
     _, codec, _ = mono
     codec.model.save_pretrained(tmp_path)
     wave = music(24_000, 0.5, 1)
-    assert torch.equal(load_codec(tmp_path, CodecConfig(**MONO, weights=str(tmp_path))).encode(wave), codec.encode(wave))
+    assert torch.equal(
+        load_codec(tmp_path, CodecConfig(**MONO, weights=str(tmp_path))).encode(wave), codec.encode(wave)
+    )
 
 
 def test_long_waves_are_done_in_chunks_that_do_not_show(mono, monkeypatch):
@@ -170,14 +171,6 @@ def test_what_to_fetch_is_said(tmp_path, monkeypatch):
         load_codec(tmp_path, CodecConfig(**STEREO))
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-
 def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path):
     torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "evil.th")
     with pytest.raises(UserError, match="could run code: it was not loaded"):
@@ -194,7 +187,7 @@ def test_files_that_are_damaged_or_of_something_else(mono, tmp_path, old):
     torch.save(state, file, _use_new_zipfile_serialization=not old)
     assert load_codec(tmp_path, config).encode(music(24_000, 0.1, 1)).shape == (1, 7, 8)
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="damaged|could run code|no checkpoint"):
+    with pytest.raises(UserError, match=r"damaged|could run code|no checkpoint"):
         load_codec(tmp_path, config)
     state.pop("decoder.model.0.conv.conv.bias")
     torch.save(state, file)
