@@ -200,12 +200,13 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Stages run in other folders: what names a file here must name it there."""
     values = recipe.model_dump(mode="json")
     named = [(values["data"], "audio"), (values["data"], "captions")]
-    for section in values["encoders"].values():
-        named.append((section, "weights"))
+    encoders = values["encoders"]
+    named += [(encoders[name], "weights") for name in ("codec", "semantic", "joint")]
+    named.append((encoders["joint"], "tokenizer"))
     for stage in values["stages"].values():
         named.append((stage["train"], "zero"))
     for section, key in named:
-        # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
+        # Weights and tokenizers may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
         if section[key] is not None and (section is values["data"] or Path(section[key]).expanduser().exists()):
             section[key] = str(Path(section[key]).expanduser().absolute())
     return Recipe.model_validate(values)

@@ -18,6 +18,7 @@ CLAP = {"kind": "clap", "sample_rate": 48_000, "window_seconds": 10.0, "dim": 32
 def save_encodec(folder: Path, stereo: bool = False) -> Path:
     from transformers import EncodecConfig, EncodecModel
 
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     shape = {"num_filters": 4, "hidden_size": 16, "codebook_size": 64, "num_lstm_layers": 1}
     # 6 bits a code: at 75 Hz 0.45 kbps a codebook, at 150 Hz 0.9.
