@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
+from data.cloud import is_remote
 from data.config import DataConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
@@ -199,7 +200,7 @@ def _set(values: Any, path: tuple[str, ...], value: Any) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Stages run in other folders: what names a file here must name it there."""
     values = recipe.model_dump(mode="json")
-    named = [(values["data"], "audio"), (values["data"], "captions")]
+    named = [(values["data"], key) for key in ("audio", "captions") if not is_remote(values["data"][key] or "")]
     for section in values["encoders"].values():
         named.append((section, "weights"))
     for stage in values["stages"].values():
