@@ -55,7 +55,7 @@ class Decoder(Protocol):
         """The next frames, fewer only at the end. Raises DamageError, after which it gives no more."""
 
     def seek(self, frame: int) -> None:
-        """Goes on from `frame`. Raises DamageError where that cannot be reached."""
+        """Goes on from `frame`, which is ahead. Raises DamageError where that cannot be reached."""
 
     def is_cut_off(self) -> bool:
         """Whether the file lacks its end, though it does not say how long it should be."""
@@ -158,6 +158,8 @@ class _Av:
         self.sample_rate, self.channels = self._stream.rate or 0, self._stream.channels
         self._blocks = self._decoded()
         self._rest = np.zeros((0, self.channels), np.float32)
+        self._at = 0
+        """Frames given so far."""
         self._zero = 0
         """Time of the first frame, in units of the stream."""
         first = self._next()
@@ -201,21 +203,24 @@ class _Av:
             self._blocks = _damaged()
         joined = np.concatenate(blocks)
         self._rest = joined[frames:]
+        self._at += min(frames, len(joined))
         return joined[:frames]
 
     def seek(self, frame: int) -> None:
-        units = 1 / (self._stream.time_base * self.sample_rate)
-        before = frame - round(PREROLL_SECONDS * self.sample_rate)
-        try:
-            self._container.seek(self._zero + int(max(0, before) * units) if self._indexed else 0, stream=self._stream)
-        except self._errors:
-            raise DamageError from None
-        self._blocks = self._decoded()
-        found = self._next()
-        if found is None:
+        at, before = self._at, frame - round(PREROLL_SECONDS * self.sample_rate)
+        if self._indexed and before > at:
+            units = 1 / (self._stream.time_base * self.sample_rate)
+            try:
+                self._container.seek(self._zero + int(before * units), stream=self._stream)
+            except self._errors:
+                raise DamageError from None
+            self._blocks = self._decoded()
+            found = self._next()
+            if found is None:
+                raise DamageError
+            at, self._rest = round((found[0] - self._zero) / units), found[1]
+        if frame < at:
             raise DamageError
-        at = round((found[0] - self._zero) / units) if self._indexed else 0
-        self._rest = found[1]
         while at < frame:
             skipped = len(self.read(min(frame - at, self.sample_rate)))
             if not skipped:
