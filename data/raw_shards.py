@@ -1,13 +1,15 @@
 """MDS shards of raw audio, read in place: where each record's audio lies, and its other columns.
 
-With `data.shards` and what belongs to it, this is the seam to mosaicml-streaming: streaming is imported here for its
-encodings and compressions. Its datasets are not used, as these join a distributed job or keep shards on the disk.
+With `data.shards` and what belongs to it, this is the seam to mosaicml-streaming, which is imported here to unpack
+compressed shards. Its readers are not used: its datasets join a distributed job or keep every shard on the disk, and
+none says where in a shard a column lies, which is what reading one clip takes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,9 +21,9 @@ from model.errors import UserError
 
 INDEX = "index.json"
 AUDIO_COLUMNS = ("audio", "wav", "flac", "mp3", "ogg", "opus", "m4a", "bytes")
-SCALARS = ("str", "int", "str_int", "str_float", "json")
-SIZED_SCALARS = ("int", "uint", "float")
-"""Encodings that are read begin with these or are SCALARS. Not among them: pickles, which can run code, and arrays."""
+TEXTS: dict[str, Callable[[str], Any]] = {"str": str, "json": json.loads, "str_int": int, "str_float": float}
+NUMBER = re.compile(r"int|u?int(8|16|32|64)|float(16|32|64)")
+"""With TEXTS the encodings that are read. Not among them: pickles, which can run code, and arrays."""
 
 
 class DamagedShardError(Exception):
@@ -56,8 +58,6 @@ class RawShard:
                 yield self._record(file, int(begin), int(end))
 
     def _record(self, file: Any, begin: int, end: int) -> tuple[dict[str, Any], int, int]:
-        from streaming.base.format.mds.encodings import mds_decode
-
         file.seek(begin)
         varying = sum(not size for _, _, size in self.columns)
         lengths = iter(np.frombuffer(file.read(4 * varying), np.uint32).astype(int).tolist())
@@ -68,13 +68,12 @@ class RawShard:
                 raise DamagedShardError(f"its record at byte {begin} cannot be")
             if name == self.audio:
                 audio = (at, length)
-            elif _is_scalar(encoding):
+            elif encoding in TEXTS or NUMBER.fullmatch(encoding):
                 file.seek(at)
                 try:
-                    value = mds_decode(encoding, file.read(length))
+                    row[name] = _scalar(encoding, file.read(length))
                 except ValueError as error:
                     raise DamagedShardError(f"column {name} of its record at byte {begin}: {error}") from None
-                row[name] = value.item() if isinstance(value, np.generic) else value
             at += length
         return row, *audio
 
@@ -119,5 +118,8 @@ def _shard(folder: str, entry: dict[str, Any]) -> RawShard:
     )
 
 
-def _is_scalar(encoding: str) -> bool:
-    return encoding in SCALARS or (encoding.startswith(SIZED_SCALARS) and encoding[-1].isdigit())
+def _scalar(encoding: str, data: bytes) -> Any:
+    """Raises ValueError where `data` is none."""
+    if NUMBER.fullmatch(encoding):
+        return np.frombuffer(data, "int64" if encoding == "int" else encoding).item()
+    return TEXTS[encoding](data.decode())

@@ -321,7 +321,11 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself
+            continue
+        if is_folder:
             yield from _walk(Path(entry.path), (*above, real))
-        elif entry.is_file():  # not a pipe or a device, which would block
+        elif is_file:  # not a pipe or a device, which would block
             yield Path(entry.path)
