@@ -57,6 +57,11 @@ def cut_part(task: tuple[Part, DataConfig]) -> list[Found | Skipped]:
     return [item if isinstance(item, Skipped) else _cut(item, config) for item in part.items()]
 
 
+def lost_part(task: tuple[Part, DataConfig]) -> list[Found | Skipped]:
+    """What stands for a part whose decoder ended the process."""
+    return [Skipped(task[0].name, "unreadable", "reading it crashed a process, or took more memory than there is")]
+
+
 def _cut(item: Item, config: DataConfig) -> Found:
     found = Found(item, faults=list(item.notes))
     short = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.config import DataConfig
 from data.corpus import SKIPPED, TEST, TRAIN, VALIDATION, Clip, Prompt, write_clips, write_jsonl, write_prompts
-from data.cutting import CLIP_FAULTS, Found, cut_part
+from data.cutting import CLIP_FAULTS, Found, cut_part, lost_part
 from data.pool import over_processes
 from data.progress import Progress
 from data.sources import open_source
@@ -56,9 +56,8 @@ def _inspect(source: Source, config: DataConfig, progress: Progress) -> tuple[li
     parts = source.parts()
     skipped, found, keys = source.skipped(), [], set()
     clips = faults = 0
-    done = over_processes(
-        cut_part, [(part, config) for part in parts], source.parts_a_process, min(4, source.parts_a_process)
-    )
+    tasks = [(part, config) for part in parts]
+    done = over_processes(cut_part, tasks, source.parts_a_process, min(4, source.parts_a_process), lost_part)
     for number, results in enumerate(done, start=1):
         for one in results:
             if isinstance(one, Skipped):
@@ -70,7 +69,7 @@ def _inspect(source: Source, config: DataConfig, progress: Progress) -> tuple[li
                 keys.add(one.item.key)
                 found.append(one)
                 clips, faults = clips + len(one.clips), faults + bool(one.faults)
-        progress.update(number, len(parts), "reading audio", clips=clips, skipped=faults + len(skipped))
+        progress.update(number, len(parts), "reading audio", clips=clips, left_out=faults + len(skipped))
     return found, skipped
 
 

@@ -65,6 +65,10 @@ class Item:
 class Part(Protocol):
     """What a worker process is given at a time: a file, a row, or a shard of many."""
 
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
     def items(self) -> Iterator[Item | Skipped]:
         """What it holds."""
 

@@ -25,6 +25,10 @@ class RowPart:
 
     item: Item
 
+    @property
+    def name(self) -> str:
+        return self.item.name
+
     def items(self) -> Iterator[Item]:
         yield self.item
 

@@ -19,20 +19,23 @@ class ShardPart:
 
     shard: RawShard
 
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
     def items(self) -> Iterator[Item | Skipped]:
-        file = self.shard.name
         try:
             for number, (row, offset, size) in enumerate(self.shard.records()):
-                name = f"{file}/{number}"
+                name = f"{self.name}/{number}"
                 try:
                     yield Item(name, storage.stretch(self.shard.location, offset, size), **description(row))
                 except ValueError as error:
                     yield Skipped(name, "malformed row", str(error))
         except DamagedShardError as error:
-            yield Skipped(file, "damaged", str(error))
+            yield Skipped(self.name, "damaged", str(error))
         except OSError as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            yield Skipped(file, reason, error.strerror or str(error))
+            yield Skipped(self.name, reason, error.strerror or str(error))
 
 
 class MdsSource:
