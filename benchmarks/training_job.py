@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from data.shards import write_records
+from data.shard_writer import write_records
 from launcher.processes import free_port
 from launcher.recipe import RECIPE, Recipe, dump_recipe
 from model import artifact

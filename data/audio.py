@@ -21,13 +21,14 @@ SHORTEST = 0.9
 """Share of a clip that must be there; the rest is padded with silence."""
 COMPLETE = 0.98
 """A file that gives less than this share of what its header promises is truncated: headers are not exact."""
+MOST_FRAMES = 1 << 60
 TIME_TOLERANCE = 0.1
 """Seconds by which an `end` may lie beyond the end of its file: times are rounded, and MP3 has padding."""
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """What the header of a file says, whatever can be read of it."""
+    """What a file is, whatever can be read of it."""
 
     format: str
     sample_rate: int
@@ -49,9 +50,13 @@ class Piece:
 
 
 def probe(path: Path | str) -> AudioFile:
-    """Format, rate, channels and length of a file. Raises AudioError ("missing", "unreadable" or "empty")."""
+    """Format, rate, channels and length of a file, which is decoded where its header does not say how long it is.
+
+    Raises AudioError ("missing", "unreadable" or "empty").
+    """
     with _open(path) as file:
-        return AudioFile(file.format, file.sample_rate, file.channels, file.promised / file.sample_rate)
+        frames = file.promised or _decode_to(file, MOST_FRAMES)
+        return AudioFile(file.format, file.sample_rate, file.channels, frames / file.sample_rate)
 
 
 def pieces(path: Path | str, seconds: float, start: float = 0.0, end: float | None = None) -> Iterator[Piece]:

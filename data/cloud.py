@@ -78,6 +78,9 @@ def _client(scheme: str, _settings: tuple[str | None, ...]) -> Any:
     return (cloudpathlib.GSClient() if scheme == "gs" else cloudpathlib.S3Client()).client
 
 
+os.register_at_fork(after_in_child=_client.cache_clear)  # connections are not to be shared with the parent
+
+
 def _plain(url: str) -> contextlib.AbstractContextManager[None]:
     """Tells one object's faults, which are OSErrors, from those of the bucket, the credentials or the network."""
     return _plain_gs(url) if url.startswith("gs://") else _plain_s3(url)

@@ -61,6 +61,21 @@ class DataConfig(Config):
     """Captions made from the tags of audio that has none: so many of each; 0 makes none."""
     ranks: PositiveInt = 1
     """Processes (one GPU each where there are GPUs) that fit the quantizers and make the tokens together."""
+    workers: NonNegativeInt = 2
+    """Processes beside each of them that decode the audio ahead."""
+
+
+class TokensConfig(Config):
+    """How the token shards are made and where they are kept."""
+
+    shard_seconds: PositiveFloat = 3600.0
+    """Audio in one shard; a small corpus has shorter ones. What a rank loses at most when it is killed."""
+    batch_seconds: PositiveFloat = 80.0
+    """Audio encoded at a time."""
+    compression: str | None = Field(None, pattern=r"^(zstd|gz|br|bz2|snappy)(:\d+)?$")
+    """How shards are compressed, such as zstd or zstd:9; not at all when not given."""
+    upload: str | None = Field(None, pattern=r"^(s3|gs)://[^/]+/.+")
+    """`s3://bucket/prefix` or `gs://bucket/prefix` the shards are kept at in place of the run folder."""
 
 
 def aligned_seconds(seconds: float, fields: Sequence[TokenField]) -> float:

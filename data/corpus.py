@@ -46,6 +46,10 @@ class Clip:
     channels: Downmix = "mix"
 
 
+class ClipError(UserError):
+    """The audio of one clip is no longer what it was when the corpus was made."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text to evaluate with, and the attributes music that follows it would have, where known."""
@@ -74,14 +78,14 @@ def load_clip(corpus: Path, clip: Clip, sample_rate: int, channels: int = 1) -> 
     """The waveform of a clip in [-1, 1]: float32 `[round(seconds × sample_rate)]`, mono, or `[2, …]` for two
     `channels`.
 
-    Safe to call from several threads. Raises UserError when the audio is no longer what it was when the corpus was
-    made, or its bucket is out of reach.
+    Safe to call from several threads. Raises ClipError when the audio is no longer what it was when the corpus was made,
+    and UserError when its bucket is out of reach.
     """
     path = clip.path if STRETCH.fullmatch(clip.path) or is_remote(clip.path) else str(corpus / clip.path)
     try:
         return read(path, clip.start, clip.seconds, sample_rate, channels, clip.channels, clip.gain)
     except AudioError as error:
-        raise UserError(
+        raise ClipError(
             f"{path} has changed since the corpus was made ({error}). The same command again looks at the audio anew."
         ) from None
 

@@ -1,6 +1,6 @@
-"""The one seam to mosaicml-streaming: writing token shards (MDS) and reading them, each rank its own part.
+"""The seam to mosaicml-streaming: reading token shards (MDS), each rank its own part. `data.shard_writer` writes them.
 
-streaming is imported here and nowhere else.
+streaming is imported in these two and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,45 +12,22 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
-from streaming import LocalDataset, MDSWriter, StreamingDataset
+from streaming import LocalDataset, StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import prefix as streaming_prefix
 
 from model import artifact
 
 INDEX = "index.json"
-COLUMNS = {
-    "id": "str",
-    "captions": "str",
-    "conditioning": "ndarray:uint16",
-    "semantic": "ndarray:uint16",
-    "acoustic": "ndarray:uint16",
-    "text_conditioning": "ndarray:uint16",
-}
 SHARED_MEMORY = Path("/dev/shm")
 NO_CAPTIONS = "[]"
 JOB_NAME = "stretto-"
 LOCK = ".lock"
-
-
-def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Writes `records`, each with the keys of COLUMNS, as the shards of the new `folder` and returns their number."""
-    count = 0
-    with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
-        for record in records:
-            text = record["text_conditioning"]
-            # MDS has no empty arrays: where there are no captions, one row of zeros stands for none.
-            writer.write(
-                record if len(text) else {**record, "text_conditioning": np.zeros((1, text.shape[1]), text.dtype)}
-            )
-            count += 1
-    return count
 
 
 def count_records(folder: Path) -> int:

@@ -29,8 +29,8 @@ def splits(members: Sequence[Member], config: DataConfig, seed: int) -> list[lis
     """For each member the split of each of its clips. Whole groups go to one split.
 
     What the source gives wins, and holds for those of the group that it gives none. Every other group has a place in
-    [0, 1), drawn from `seed` and its name alone: below `config.validation` it is validation, from there to that plus
-    `config.test` it is test, else training. So nothing that is added moves an old group.
+    [0, 1), drawn from `seed` and its name alone: below `config.validation` it is validation, in the last `config.test`
+    it is test, else training. So nothing that is added moves an old group, and larger shares take from training alone.
 
     Training and validation need a clip of full length each. Where the draw leaves one without, as happens with few
     groups, the group of the lowest place goes to validation, or that of the highest to training; that choice alone can
@@ -55,7 +55,7 @@ def _drawn(members: Sequence[Member], config: DataConfig, seed: int) -> dict[str
     chosen = {}
     for group in {member.group for member in members}:
         place = _place(group, seed)
-        drawn = VALIDATION if place < config.validation else TEST if place < config.validation + config.test else TRAIN
+        drawn = VALIDATION if place < config.validation else TEST if place >= 1 - config.test else TRAIN
         chosen[group] = given.get(group, drawn)
     return chosen
 

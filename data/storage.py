@@ -227,6 +227,10 @@ class _Copies:
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
+    def forget(self) -> None:
+        """Starts anew."""
+        self._held, self._lock = OrderedDict(), threading.Lock()
+
     def opened(self, name: str, fill: Callable[[IO[bytes]], None]) -> int:
         """A descriptor of the copy called `name`, which `fill` writes where there is none yet."""
         with self._lock:
@@ -270,6 +274,7 @@ class _Copies:
 
 
 _COPIES = _Copies(CACHE_BYTES)
+os.register_at_fork(after_in_child=_COPIES.forget)  # another thread of the parent may have held its lock
 
 
 @contextlib.contextmanager

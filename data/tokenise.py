@@ -1,38 +1,56 @@
-"""Audio and captions → token shards: every frozen encoder runs once over each clip, and the stages never see audio."""
+"""Audio and captions → token shards: every frozen encoder runs once over each clip, and the stages never see audio.
+
+Any number of ranks share out the parts of the corpus. A part that is done stays done whatever becomes of the job, and
+what is in it depends on the corpus alone: neither on how many ranks there are nor on which of them made it.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from itertools import groupby
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from data.config import aligned_seconds
-from data.corpus import TRAIN, VALIDATION, Clip, load_clip, read_clips
+from data.config import TokensConfig
+from data.corpus import SKIPPED, TRAIN, VALIDATION, Clip, read_clips, write_jsonl
+from data.parts import Claims, Part, batches, plan_parts
 from data.progress import Progress
-from data.shards import write_records
+from data.ranks import Ranks
+from data.shard_writer import Record, SplitWriter
+from data.tokeniser import Tokeniser
+from data.waves import Reader, Waves, read_ahead
+from model import artifact
 from model.config import EncodersConfig
-from model.encoders import load_codec, load_joint_embedder, load_semantic_encoder
-from model.encoders.base import embed_windows
-from model.fields import CONDITIONING, SEMANTIC, TokenField
-from model.kmeans import ResidualKMeans
+from model.encoders.check import check_encoders
+from model.errors import UserError
 
-BATCH_SECONDS = 80.0
-"""Audio encoded at a time by one thread."""
+log = logging.getLogger(__name__)
+
 MOST_THREADS = 8
 BATCHES_AHEAD = 2
 """Finished batches that may wait to be written."""
+MOST_UNREAD = 0.5
+"""Share of a part's clips that may have become unreadable since the corpus was made: with more, its disk is gone."""
+POLL_SECONDS = 0.2
+CLAIMS = "claims"
 
-Record = dict[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A clip that could be read when the corpus was made, and no longer can."""
+
+    id: str
+    file: str
+    reason: str
 
 
 def tokenise(
@@ -41,140 +59,194 @@ def tokenise(
     embedding: Path,
     quantizers: Path,
     encoders: EncodersConfig,
+    config: TokensConfig,
     folder: Path,
     progress: Progress,
-) -> dict[str, Any]:
+    ranks: Ranks | None = None,
+    workers: int = 0,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Writes the training and validation clips of `corpus` as token shards `folder`/{train,validation}.
 
-    `codec`, `embedding` and `quantizers` are the artifacts with the fitted parts. Returns what the manifest says: the
-    token fields, lengths of the longest and of the shortest clip, length and hop of the embedding windows, records of
-    each split. A clip shorter than the others is cut to whole frames of all fields. Clips of other splits are not
-    written: they are for evaluation. Raises UserError when an audio file has changed since the corpus was made.
+    `codec`, `embedding` and `quantizers` are the artifacts with the fitted parts. All `ranks` call it with the same
+    `folder`, which may hold what an earlier attempt has done of the same; each has `workers` processes that decode.
+    Clips of other splits are not written: they are for evaluation. A clip that can no longer be read is left out and
+    listed in `folder`/skipped.jsonl.
+
+    Returns what the manifest says (the token fields, lengths of the longest and of the shortest clip, length and hop of
+    the embedding windows, records of each split) and the digests of the shards; both are empty but on rank 0, which
+    returns last. A clip shorter than the others is cut to whole frames of all fields. Raises UserError when most clips
+    of a part cannot be read.
     """
-    tokeniser = Tokeniser(corpus, codec, embedding, quantizers, encoders)
-    full = read_clips(corpus, TRAIN)
-    longest = full[0].seconds
+    ranks = ranks or Ranks()
+    tokeniser = Tokeniser(codec, embedding, quantizers, encoders)
+    if encoders.check and ranks.leads:
+        check_encoders(tokeniser.codec, tokeniser.semantic, tokeniser.joint)
+    longest = read_clips(corpus, TRAIN)[0].seconds
     clips = {
         split: [tokeniser.aligned(clip, longest) for clip in read_clips(corpus, split, short=True)]
         for split in (TRAIN, VALIDATION)
     }
-    total = sum(map(len, clips.values()))
-    done = 0
+    parts = plan_parts(clips, config.shard_seconds)
+    remote = config.upload and config.upload.rstrip("/")
+    writers = {
+        split: SplitWriter(
+            folder / split,
+            folder / artifact.WORK / split,
+            compression=config.compression,
+            remote=remote and f"{remote}/{split}",
+        )
+        for split in clips
+    }
+    job = _Job(corpus, tokeniser, writers, parts, Claims(folder / artifact.WORK / CLAIMS, ranks), config, progress)
+    job.run(workers)
+    if not ranks.leads:
+        return {}, {}
+    job.wait_for_others()
+    return _finish(folder, writers, clips, job, encoders, remote)
 
-    def records(split: str) -> Iterator[Record]:
-        nonlocal done
-        for batch in _over_threads(tokeniser.records, _batches(clips[split])):
-            yield from batch
-            done += len(batch)
-            progress.update(done, total, "tokenising")
 
-    counts = {split: write_records(folder / split, records(split)) for split in clips}
-    return {
-        "fields": {field.name: field.to_json() for field in tokeniser.fields},
-        "clip_seconds": longest,
-        "shortest_seconds": min(clip.seconds for split in clips.values() for clip in split),
+def _finish(
+    folder: Path,
+    writers: dict[str, SplitWriter],
+    clips: dict[str, list[Clip]],
+    job: _Job,
+    encoders: EncodersConfig,
+    remote: str | None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Brings the parts together once all are there."""
+    digests: dict[str, dict[str, Any]] = {}
+    counts, unread = {}, []
+    for split, writer in writers.items():
+        files, skipped = writer.close()
+        digests |= {f"{split}/{name}": digest for name, digest in files.items()}
+        unread += skipped
+        counts[split] = len(clips[split]) - len(skipped)
+    write_jsonl(folder / SKIPPED, unread)
+    gone = {row["id"] for row in unread}
+    kept = [clip for split in clips.values() for clip in split if clip.id not in gone]
+    info = {
+        "fields": {field.name: field.to_json() for field in job.tokeniser.fields},
+        "clip_seconds": max(clip.seconds for clip in kept),
+        "shortest_seconds": min(clip.seconds for clip in kept),
         "hop_seconds": encoders.joint.hop_seconds,
         "embedding_seconds": encoders.joint.window_seconds,
         "records": counts,
-        "captions": any(clip.captions for clip in full),
+        "seconds": sum(clip.seconds for clip in kept),
+        "skipped": len(unread),
+        "captions": any(clip.captions for clip in clips[TRAIN] if clip.seconds == clips[TRAIN][0].seconds),
+        "remote": remote,
     }
+    return info, digests
 
 
-class Tokeniser:
-    """The frozen encoders and their quantizers, at work on a corpus."""
+class _Job:
+    """One rank's share of the work."""
 
-    def __init__(self, corpus: Path, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig) -> None:
-        self.corpus = corpus
-        self.codec = load_codec(codec, encoders.codec)
-        self.semantic = load_semantic_encoder(encoders.semantic)
-        self.joint = load_joint_embedder(embedding, encoders.joint)
-        self.config = encoders.joint
-        self.conditioning_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", CONDITIONING)
-        self.semantic_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", SEMANTIC)
+    def __init__(
+        self,
+        corpus: Path,
+        tokeniser: Tokeniser,
+        writers: dict[str, SplitWriter],
+        parts: list[Part],
+        claims: Claims,
+        config: TokensConfig,
+        progress: Progress,
+    ) -> None:
+        self.corpus, self.tokeniser, self.writers = corpus, tokeniser, writers
+        self.parts, self.claims, self.config, self.progress = parts, claims, config, progress
+        self.threads = min(torch.get_num_threads(), MOST_THREADS)
+        self.total = sum(len(part.clips) for part in parts)
+        self.started = time.monotonic()
+        self.before = self._committed()
+        self._counted = 0.0
 
-    @property
-    def fields(self) -> list[TokenField]:
-        conditioning, semantic = self.conditioning_codes, self.semantic_codes
-        return [
-            self.codec.field,
-            TokenField(SEMANTIC, self.semantic.rate_hz, semantic.levels, semantic.codebook_size),
-            TokenField(
-                CONDITIONING, 1 / self.config.hop_seconds, conditioning.levels, conditioning.codebook_size
-            ),
-        ]  # fmt: skip
+    def run(self, workers: int) -> None:
+        """Makes every part that no other rank makes and that is not done."""
+        done = self._done()
+        todo = [part for part in self.parts if part.key not in done]
+        everything: list[tuple[Clip, ...]] = []
+        places: dict[tuple[str, int], range] = {}
+        for part in todo:
+            first = len(everything)
+            everything += batches(part.clips, self.config.batch_seconds)
+            places[part.key] = range(first, len(everything))
+        mine: deque[Part] = deque()
 
-    def aligned(self, clip: Clip, longest: float) -> Clip:
-        """`clip`, which where it is shorter than `longest` seconds ends with a frame of every field."""
-        if clip.seconds == longest:
-            return clip
-        timed = [field for field in self.fields if field.name != CONDITIONING]
-        return replace(clip, seconds=aligned_seconds(clip.seconds, timed))
+        def order() -> Iterator[int]:
+            for part in self.claims.taken(todo):
+                mine.append(part)
+                yield from places[part.key]
 
-    @torch.inference_mode()
-    def records(self, clips: list[Clip]) -> list[Record]:
-        """One record for each of some clips of equal length."""
-        rates = {self.codec.sample_rate, self.semantic.sample_rate, self.joint.sample_rate}
-        waves = {rate: _stack([load_clip(self.corpus, clip, rate) for clip in clips]) for rate in rates}
-        acoustic = self.codec.encode(waves[self.codec.sample_rate])
-        semantic = self.semantic_codes.encode(self.semantic.features(waves[self.semantic.sample_rate]).cpu())
-        embeddings = embed_windows(self.joint, waves[self.joint.sample_rate], self.config)
-        conditioning = self.conditioning_codes.encode(embeddings.cpu())
-        for codes, field in ((acoustic, self.codec.field), (semantic, self.fields[1])):
-            if codes.shape[1] != field.frames(clips[0].seconds):
-                raise ValueError(f"the {field.name} encoder gave {codes.shape[1]} frames for {clips[0].seconds} s")
-        text = self._text(clips)
-        return [
-            {
-                "id": clip.id,
-                "captions": json.dumps(clip.captions),
-                "conditioning": _stored(conditioning[index]),
-                "semantic": _stored(semantic[index]),
-                "acoustic": _stored(acoustic[index]),
-                "text_conditioning": _stored(text[index]),
-            }
-            for index, clip in enumerate(clips)
-        ]
+        waves = read_ahead(Reader(self.corpus, everything, self.tokeniser.kinds), order(), workers)
+        gathered: list[tuple[Waves, list[Record]]] = []
+        for batch, records in over_threads(lambda batch: (batch, self.tokeniser.records(batch)), waves, self.threads):
+            gathered.append((batch, records))
+            if batch.index == places[mine[0].key][-1]:
+                self._write(mine.popleft(), gathered)
+                gathered = []
+            self._report(sum(len(one.clips) for one, _ in gathered))
+        seconds = time.monotonic() - self.started
+        if todo and seconds:
+            share = self.tokeniser.encoding_seconds / (seconds * self.threads)
+            log.info(
+                "the encoders were at work for %.1f %% of %.1f s on %d threads", 100 * share, seconds, self.threads
+            )
 
-    def _text(self, clips: list[Clip]) -> list[Tensor]:
-        """Codes `[captions, quantizers]` of each clip's captions."""
-        captions = [caption for clip in clips for caption in clip.captions]
-        levels = self.conditioning_codes.levels
-        if not captions:
-            return [torch.zeros(0, levels, dtype=torch.long)] * len(clips)
-        codes = self.conditioning_codes.encode(self.joint.embed_text(captions).cpu())
-        return list(codes.split([len(clip.captions) for clip in clips]))
+    def _write(self, part: Part, encoded: list[tuple[Waves, list[Record]]]) -> None:
+        clips = [clip for batch, _ in encoded for clip in batch.clips]
+        unread = [Unread(clip.id, clip.path, why) for batch, _ in encoded for clip, why in batch.unread]
+        for one in unread:
+            log.warning("left out: %s", one.reason)
+        if len(unread) > MOST_UNREAD * len(part.clips):
+            raise UserError(
+                f"{len(unread)} of {len(part.clips)} clips in a row cannot be read any more, the first because: "
+                f"{unread[0].reason}\nIs the disk or the bucket of data.audio still there? The same command goes on."
+            )
+        records = [record for _, rows in encoded for record in rows]
+        rows = [{"seconds": clip.seconds, **getattr(clip, "columns", {})} for clip in clips]
+        self.writers[part.split].write(part.number, records, rows, [asdict(one) for one in unread])
+
+    def _done(self) -> set[tuple[str, int]]:
+        """The parts that any rank has finished."""
+        return {(split, number) for split, writer in self.writers.items() for number in writer.finished()}
+
+    def _committed(self) -> int:
+        """Clips in them."""
+        done = self._done()
+        return sum(len(part.clips) for part in self.parts if part.key in done)
+
+    def _report(self, own: int = 0) -> None:
+        now = time.monotonic()
+        if now - self._counted < 0.5:
+            return
+        self._counted = now
+        done = min(self.total, self._committed() + own)
+        passed = max(now - self.started, 1e-3)
+        speed = (done - self.before) / passed
+        seconds = sum(clip.seconds for part in self.parts for clip in part.clips) / self.total
+        self.progress.update(done, self.total, "tokenising", **{"clips/s": speed, "hours/h": speed * seconds})
+
+    def wait_for_others(self) -> None:
+        """Until every part is there; when another rank is lost, the launcher ends this one."""
+        while self._committed() < self.total:
+            self._report()
+            time.sleep(POLL_SECONDS)
+        self.progress.update(self.total, self.total, "tokenising")
 
 
-def _stored(codes: Tensor) -> np.ndarray:
-    return codes.cpu().numpy().astype(np.uint16)
-
-
-def _stack(waves: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(waves))
-
-
-def _batches(clips: list[Clip]) -> list[list[Clip]]:
-    """Neighbours of one length together: padding would change what the encoders make of the real frames."""
-    batches = []
-    for seconds, group in groupby(clips, key=lambda clip: clip.seconds):
-        alike, size = list(group), max(1, int(BATCH_SECONDS // seconds))
-        batches += [alike[first : first + size] for first in range(0, len(alike), size)]
-    return batches
-
-
-def _over_threads(function: Callable[[list[Clip]], list[Record]], batches: list[list[Clip]]) -> Iterator[list[Record]]:
-    """Yields `function(batch)` for each batch in order, each worked out by one thread.
+def over_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yields `function(item)` for each of `items` in order, each worked out by one thread.
 
     One torch thread a batch and a batch a core is faster than all cores on one batch, whose threads wait for each other
     after every operation; and the codes do not depend on how many cores there are.
     """
-    threads, before = min(os.cpu_count() or 1, MOST_THREADS), torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            ahead: deque[Future[list[Record]]] = deque()
-            for batch in batches:
-                ahead.append(pool.submit(function, batch))
+            ahead: deque[Future[Result]] = deque()
+            for item in items:
+                ahead.append(pool.submit(function, item))
                 if len(ahead) >= threads + BATCHES_AHEAD:
                     yield ahead.popleft().result()
             while ahead:

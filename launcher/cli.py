@@ -114,11 +114,28 @@ def status(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, a checkpoint or a bundle.")],
+    record: Annotated[
+        str | None, typer.Option(metavar="ID|NUMBER", help="Of token shards: make this record into sound.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="WAV", help="Where the sound of --record goes.")
+    ] = Path("record.wav"),
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The run whose codec --record takes, if not the tokens' own."),
+    ] = None,
 ) -> None:
     """Show what a folder or file of Stretto's holds, and whether it is whole (exit code 1 where it is not)."""
+    from launcher.display import ConsoleProgress
     from launcher.inspect import print_inspection
+    from launcher.inspect_tokens import decode_record
 
-    if not print_inspection(path, Console()):
+    if record is not None:
+        print(f"{output}: {decode_record(path, record, run, output)}")
+        return
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        whole = print_inspection(path, Console(), progress)
+    if not whole:
         raise typer.Exit(1)
 
 
@@ -143,6 +160,27 @@ def corpus(
     ):
         info.update(write_corpus(partial, config, seed, progress))
     print(f"{folder}: {info['clips']} clips")
+
+
+@app.command()
+def collect(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="A .jsonl, .csv or .tsv with a column `url`; others are kept.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or one to go on with.")],
+    per_second: Annotated[float, typer.Option(help="Requests a second to one host.", min=0.001)] = 1.0,
+    connections: Annotated[int, typer.Option(help="At a time over all hosts; 2 to one host.", min=1, max=64)] = 4,
+    largest: Annotated[str, typer.Option(metavar="SIZE", help="Files above it are not fetched.")] = "2GB",
+) -> None:
+    """Fetch the audio that a manifest of addresses names. The same command goes on where it was stopped.
+
+    Then train on it with data.audio=DIR/manifest.jsonl. Exit code 1 says that some could not be fetched:
+    DIR/failed.jsonl lists them, and the same command tries them again.
+    """
+    from launcher.collecting import collect_files
+
+    if not collect_files(manifest, output, per_second, connections, largest, Console(stderr=True)):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -64,10 +64,7 @@ def generate_files(bundle: Path, request: Request, output: Path, console: Consol
     """
     if bool(request.prompts) == (request.like is not None):
         raise UserError('name what to play, such as "a slow flute with drums", or a recording with --like; not both.')
-    if output.suffix.lower() != ".wav":
-        raise UserError(f"{output}: name a file that ends in .wav with -o.")
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent} is no folder: make it first, or choose another with -o.")
+    check_output(output)
     path = find_bundle(bundle)
 
     from model.pipeline import MusicPipeline
@@ -85,8 +82,16 @@ def generate_files(bundle: Path, request: Request, output: Path, console: Consol
     words = [text for text in request.prompts or [f"like {request.like}"] for _ in range(request.options.samples)]
     for number, (text, wave) in enumerate(zip(words, samples.waveform.cpu().numpy(), strict=True), start=1):
         file = output if len(words) == 1 else output.with_name(f"{output.stem}-{number}{output.suffix}")
-        soundfile.write(file, wave, samples.sample_rate, subtype="PCM_16")
+        soundfile.write(file, wave.T, samples.sample_rate, subtype="PCM_16")
         yield file, text
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError unless `path` can be the name of a WAV file."""
+    if path.suffix.lower() != ".wav":
+        raise UserError(f"{path}: name a file that ends in .wav with -o.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder: make it first, or choose another with -o.")
 
 
 def find_bundle(path: Path) -> Path:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.progress import Progress
+from launcher import inspect_tokens
 from launcher.recipe import RECIPE
 from launcher.status import ORDER, TRAINED
 from launcher.units import counted, duration, short, size
@@ -52,7 +54,7 @@ class Inspection:
             yield from part.all_problems()
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, progress: Progress | None = None) -> Inspection:
     """Looks at one artifact, checkpoint, bundle, shard folder, run folder, safetensors file or metrics.jsonl.
 
     Every file that a manifest lists is read and its digest compared. Raises UserError where `path` is none of these.
@@ -63,7 +65,7 @@ def inspect(path: Path) -> Inspection:
         if path.name == METRICS:
             return _metrics(path)
     elif (path / artifact.MANIFEST).is_file():
-        return _artifact(path)
+        return _artifact(path, progress)
     elif (path / SHARD_INDEX).is_file():
         return _shards(path)
     elif (path / RECIPE).is_file():
@@ -78,9 +80,9 @@ def inspect(path: Path) -> Inspection:
     )
 
 
-def print_inspection(path: Path, console: Console) -> bool:
+def print_inspection(path: Path, console: Console, progress: Progress | None = None) -> bool:
     """Shows what `path` holds; returns whether it is whole."""
-    found = inspect(path)
+    found = inspect(path, progress)
     _print(found, console)
     problems = list(found.all_problems())
     for problem in problems:
@@ -107,7 +109,7 @@ def _print(found: Inspection, console: Console) -> None:
         _print(part, console)
 
 
-def _artifact(path: Path) -> Inspection:
+def _artifact(path: Path, progress: Progress | None) -> Inspection:
     found = artifact.read(path)
     info, files = found.info, found.manifest["files"]
     kind = {"stage": "trained stage", "checkpoint": "checkpoint", "bundle": "bundle"}.get(found.kind, found.kind)
@@ -124,13 +126,24 @@ def _artifact(path: Path) -> Inspection:
     damaged = _named(inspection.problems, path, files)
     for name in files:
         if name not in damaged:
-            if Path(name).name == SHARD_INDEX:
-                inspection.parts.append(_shards((path / name).parent))
+            if found.kind == "tokens" and Path(name).name == SHARD_INDEX:
+                inspection.parts.append(_token_shards(found, (path / name).parent, damaged, progress))
             elif name.endswith(".safetensors"):
                 inspection.parts.append(_safetensors(path / name))
     if not inspection.parts:
         rows = [(name, size(file["bytes"])) for name, file in files.items()]
         inspection.listings.append(Listing(("file", "bytes"), rows))
+    return inspection
+
+
+def _token_shards(tokens: artifact.Artifact, path: Path, damaged: set[str], progress: Progress | None) -> Inspection:
+    """One split of a token artifact: its shards and, where none is known to be damaged, its codes."""
+    inspection = _shards(path, tokens.info.get("remote"))
+    if not any(name.startswith(f"{path.name}/") for name in damaged):
+        found = inspect_tokens.statistics(tokens, path.name, progress)
+        inspection.facts |= inspect_tokens.facts(tokens, path.name, found)
+        inspection.problems += inspect_tokens.problems(tokens, path.name, found)
+        inspection.listings.append(Listing(inspect_tokens.COLUMNS, list(inspect_tokens.rows(found)), "Codes"))
     return inspection
 
 
@@ -188,8 +201,9 @@ def _safetensors(path: Path) -> Inspection:
     return inspection
 
 
-def _shards(path: Path) -> Inspection:
-    """A folder of MDS shards; streaming itself is not asked, so that a damaged one can be looked at."""
+def _shards(path: Path, remote: str | None = None) -> Inspection:
+    """A folder of MDS shards, or of their index alone where they lie at a `remote`; streaming itself is not asked, so
+    that a damaged one can be looked at."""
     try:
         shards = json.loads((path / SHARD_INDEX).read_text())["shards"]
         rows, problems, columns = [], [], []
@@ -197,6 +211,8 @@ def _shards(path: Path) -> Inspection:
             data = shard["zip_data"] or shard["raw_data"]
             file = path / data["basename"]
             rows.append((data["basename"], f"{shard['samples']:,}", size(data["bytes"])))
+            if remote:
+                continue
             if not file.is_file():
                 problems.append(f"{file} is missing")
             elif file.stat().st_size != data["bytes"]:

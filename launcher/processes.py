@@ -62,13 +62,17 @@ def ranks(config: TrainConfig, available_gpus: int) -> int:
 def stage_command(stage: Stage, run: Path, recipe: Recipe, machine: Machine) -> tuple[list[str], int]:
     """The command that makes a stage's artifact, and how many processes share the cores under it."""
     target = ["--run", str(run), "--stage", stage.name]
-    if not stage.trained:
-        return [sys.executable, "-m", "launcher.worker", *target], 1
-    count = ranks(getattr(recipe.stages, stage.name).train, len(machine.gpus))
+    if stage.trained:
+        module, count = "trainer", ranks(getattr(recipe.stages, stage.name).train, len(machine.gpus))
+    else:
+        module, wanted = "launcher.worker", stage.ranks(recipe) if stage.ranks else 1
+        count = min(wanted, len(machine.gpus) or wanted)
+        if count == 1:
+            return [sys.executable, "-m", module, *target], 1
     where = f"--include=localhost:{','.join(machine.gpus[:count])}" if machine.gpus else f"--num_gpus={count}"
     options = [f"--master_port={free_port()}", where, "--no_local_rank"]
     # Without a host file of its own, deepspeed would follow one that lies at its standard place.
-    return [deepspeed_command(), "--hostfile=", *options, "--module", "trainer", *target], count
+    return [deepspeed_command(), "--hostfile=", *options, "--module", module, *target], count
 
 
 def deepspeed_command() -> str:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from data.cloud import is_remote
-from data.config import DataConfig
+from data.config import DataConfig, TokensConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
 from model.config import STAGES, Config, EncodersConfig, QuantizersConfig, SamplingConfig
@@ -49,9 +49,13 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     parallel: PositiveInt = 1
     """Stages that may run on this machine at the same time."""
+    fitted_from: str | None = None
+    """Another run, whose codec, embedding and quantizers are taken over in place of fitting them here: the tokens of
+    both then mean the same and can be mixed (train.mix)."""
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
     quantizers: QuantizersConfig = QuantizersConfig()
+    tokens: TokensConfig = TokensConfig()
     stages: StagesConfig
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -200,13 +204,15 @@ def _set(values: Any, path: tuple[str, ...], value: Any) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Stages run in other folders: what names a file here must name it there."""
     values = recipe.model_dump(mode="json")
-    named = [(values["data"], key) for key in ("audio", "captions") if not is_remote(values["data"][key] or "")]
+    always = [(values["data"], "audio"), (values["data"], "captions"), (values, "fitted_from")]
+    named = []
     for section in values["encoders"].values():
         named.append((section, "weights"))
     for stage in values["stages"].values():
         named.append((stage["train"], "zero"))
-    for section, key in named:
-        # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
-        if section[key] is not None and (section is values["data"] or Path(section[key]).expanduser().exists()):
+    # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
+    named = [(section, key) for section, key in named if section[key] and Path(section[key]).expanduser().exists()]
+    for section, key in [*always, *named]:
+        if section[key] is not None and not is_remote(section[key]):
             section[key] = str(Path(section[key]).expanduser().absolute())
     return Recipe.model_validate(values)

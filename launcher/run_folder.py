@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 
+from data.lock import LOCK, locked
 from launcher.guard import others_in_group
 from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
 from launcher.units import size
 from model import artifact
 from model.errors import UserError
-from trainer.lock import LOCK, locked
 
 STATE = "state.json"
 PREVIOUS = "previous"
@@ -134,6 +134,8 @@ class RunFolder:
                 continue
             for partial in folder.glob(f".*{artifact.PARTIAL}*"):
                 _remove(partial)
+            if (folder / artifact.MANIFEST).exists() and not folder.name.endswith(artifact.UNFINISHED):
+                shutil.rmtree(folder / artifact.WORK, ignore_errors=True)
             for old in folder.glob(".*.old"):
                 place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
                 _remove(old) if place.exists() else old.rename(place)

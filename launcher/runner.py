@@ -255,7 +255,7 @@ class Execution:
                 self._check_made(job, seconds)
             elif self.stops:
                 self.folder.record(job.stage.name, state="interrupted")
-            elif job.stage.trained and job.attempt == 1 and BUSY_PORT.search(job.output()):
+            elif job.stage.ranked and job.attempt == 1 and BUSY_PORT.search(job.output()):
                 self.display.say(f"{job.stage.name}: its port was taken; trying another")
                 self._start(job.stage, job.slot, attempt=2)
             elif code == SAVED:
@@ -281,7 +281,7 @@ class Execution:
         if message is not None:
             self._note_failure(job.stage.name, message, 1 if code == HUNG else 2, job)
         else:
-            self._note_failure(job.stage.name, gist(output, code, first=job.stage.trained), 1, job)
+            self._note_failure(job.stage.name, gist(output, code, first=job.stage.ranked), 1, job)
 
     def _note_failure(self, name: str, message: str, code: int, job: Job | None = None) -> None:
         self.code = 1 if 1 in (code, self.code) else 2

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.progress import Progress
+    from data.ranks import Ranks
     from launcher.recipe import Recipe
 
 
@@ -21,6 +22,10 @@ class Context:
     folder: Path
     """To be filled: it becomes the artifact when the body returns."""
     progress: Progress
+    ranks: Ranks | None = None
+    """The processes that make it together, for a stage that takes several; each calls the body."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """What the body of a stage that is resumed has digested already, as `artifact.describe_files` would say it."""
 
 
 Keys = Callable[["Recipe"], dict[str, Any]]
@@ -38,10 +43,21 @@ class Stage:
     """Raised when the code would make something else of the same inputs."""
     body: Body | None
     """Fills the folder and returns what its manifest says; None for a stage that the trainer trains."""
+    ranks: Callable[[Recipe], int] | None = None
+    """How many processes a body may take; one when not given."""
+    resumed: bool = False
+    """Whether the body goes on with what an interrupted one left in the folder."""
+    sealed: Callable[[Context], None] = lambda context: None
+    """What is done to a stage that is resumed when all of its folder is written."""
 
     @property
     def trained(self) -> bool:
         return self.body is None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether several processes may make it together."""
+        return self.trained or self.ranks is not None
 
     @property
     def makes(self) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from model.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+UNFINISHED = ".unfinished"
+WORK = ".work"
+"""In a folder that is UNFINISHED: what is needed to go on with it, and no part of the artifact."""
+ORIGIN = "origin.json"
+"""In there: the fingerprint of what it is to become."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,51 @@ def create(
         replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def unfinished(path: Path) -> Path:
+    """The folder in which the artifact `path` is made where that goes on after an interruption."""
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def began(path: Path, fingerprint: str) -> bool:
+    """Whether an artifact with this fingerprint has been begun at `path` and can be gone on with."""
+    try:
+        return json.loads((unfinished(path) / WORK / ORIGIN).read_text())["fingerprint"] == fingerprint
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def resume(
+    path: Path,
+    kind: str,
+    fingerprint: str,
+    inputs: dict[str, str] | None = None,
+    sealed: Callable[[Path], None] = lambda folder: None,
+) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """As `create`, in a folder that stays as it is when the work is interrupted and is there again the next time.
+
+    What was begun with another fingerprint is removed. Notes for the next attempt belong into its folder WORK, which is
+    cleared away at the end. Also yields a mapping for what `describe_files` would say of files that are digested and
+    synced already. `sealed` is called with the folder when its manifest is written, just before it gets its name.
+    """
+    folder = unfinished(path)
+    if not began(path, fingerprint):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / WORK).mkdir(parents=True)
+        write_json(folder / WORK / ORIGIN, {"fingerprint": fingerprint})
+    info: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    yield folder, info, files
+    found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    rest = describe_files(folder, {file.as_posix() for file in found if file.parts[0] != WORK} - files.keys())
+    for name in rest:
+        sync(folder / name)
+    seal(folder, kind, fingerprint, inputs or {}, info, dict(sorted((files | rest).items())))
+    sealed(folder)
+    replace_folder(folder, path)
+    shutil.rmtree(path / WORK)  # last, so that until then a kill loses nothing
 
 
 def write_manifest(

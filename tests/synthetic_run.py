@@ -13,6 +13,7 @@ import soundfile
 from safetensors.numpy import save_file
 
 from data.corpus import Clip, write_clips, write_jsonl
+from data.shard_writer import write_records
 from data.synthesis import combinations, render
 from launcher.recipe import dump_recipe, load_recipe
 from model import artifact
@@ -29,6 +30,18 @@ ADHERENCE = {
     "chance": {"instrument": 0.2, "register": 0.5, "tempo": 0.33, "drums": 0.5, "mean": 0.38},
     "ceiling": {"instrument": 0.98, "register": 1.0, "tempo": 0.96, "drums": 1.0, "mean": 0.985},
     "real": {"instrument": 1.0, "register": 1.0, "tempo": 0.98, "drums": 1.0, "mean": 0.995},
+}
+QUANTIZERS = {
+    "conditioning": {
+        "codebook_size": 8,
+        "measured": {
+            "audio": {
+                "train": {"vectors": 1256, "variance_left": [0.62, 0.2], "usage": [1, 0.5], "perplexity": [7, 4]},
+                "validation": {"vectors": 100, "variance_left": [0.64, 0.3], "usage": [1, 0.5], "perplexity": [7, 4]},
+            },
+        },
+    },
+    "semantic": {"codebook_size": 256, "measured": {}},
 }
 SKIPPED = [
     {"file": "take <2>.wav", "reason": "silent", "detail": "its loudest 50 ms stay below -60 dB", "clips": 0},
@@ -51,9 +64,11 @@ def make_run(
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
     fields = {name: field.to_json() for name, field in token_fields(recipe.encoders, recipe.quantizers).items()}
     _corpus(run, captions, attributes)
+    with artifact.create(run / "quantizers", "quantizers", "4" * 16) as (_, info):
+        info.update(QUANTIZERS)
     with artifact.create(run / "tokens", "tokens", "5" * 16) as (folder, info):
         for split in ("train", "validation"):
-            make_shards(folder / split)
+            make_shards(folder / split, fields)
         info.update(fields=fields, clip_seconds=5.0, captions=captions, records={"train": 5, "validation": 5})
     for number, (name, stage) in enumerate(recipe.stages):
         make_stage(run / name, name, 256, stage.train.steps, listens=name != "coarse", fingerprint=str(number) * 16)
@@ -74,19 +89,21 @@ def write_state(run: Path, stages: dict[str, Any]) -> None:
     (run / "state.json").write_text(json.dumps({"format_version": 1, "recipe": "quickstart", "stages": stages}))
 
 
-def make_shards(folder: Path) -> None:
-    """An MDS folder as its index describes it; the shard holds no real records."""
-    folder.mkdir(parents=True)
-    (folder / "shard.00000.mds").write_bytes(bytes(892))
-    shard = {
-        "column_encodings": ["ndarray:uint16", "str"],
-        "column_names": ["acoustic", "id"],
-        "format": "mds",
-        "raw_data": {"basename": "shard.00000.mds", "bytes": 892, "hashes": {}},
-        "samples": 5,
-        "zip_data": None,
-    }
-    (folder / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
+def make_shards(folder: Path, fields: dict[str, Any]) -> None:
+    """Five records of random codes."""
+    random = np.random.default_rng(0)
+
+    def codes(name: str) -> np.ndarray:
+        field = fields[name]
+        shape = (round(5 * field["rate_hz"]), field["quantizers"])
+        return random.integers(field["codebook_size"], size=shape).astype(np.uint16)
+
+    records = [
+        {"id": f"clip-{number}", "captions": '["a tune"]', "text_conditioning": codes("conditioning")}
+        | {name: codes(name) for name in fields}
+        for number in range(5)
+    ]
+    write_records(folder, records, [{"seconds": 5.0}] * 5)
 
 
 def metrics(name: str, codes: int, steps: int, listens: bool) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from helpers import FIELDS, coarse_config, quantizers
 from safetensors.torch import save_file
 
 from data.processes import plain_errors
-from data.shards import write_records
+from data.shard_writer import write_records
 from model import artifact
 from trainer.checkpoint_folder import step_name
 from trainer.config import StageConfig, TrainConfig

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from launcher.stage import Context, Stage, picked
+from model import artifact
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
-    from model.config import CodecConfig, JointEmbedderConfig, SemanticEncoderConfig
+    from model.config import CodecConfig, EncodersConfig, JointEmbedderConfig, SemanticEncoderConfig
 
 SHARED_KEYS = ("seed", "data.audio", "data.clip_seconds", "data.validation")
 BUILTIN_KEYS = (*SHARED_KEYS, "data.clips", "data.sample_rate")
@@ -53,8 +54,14 @@ def codec_keys(recipe: Recipe) -> dict[str, Any]:
 def codec(context: Context) -> dict[str, Any]:
     from trainer.fitting import fit_codec
 
-    config, seed = context.recipe.encoders.codec, context.recipe.seed
-    return fit_codec(context.run / "corpus", config, seed, context.folder, context.progress)
+    encoders, seed = context.recipe.encoders, context.recipe.seed
+    info = fit_codec(context.run / "corpus", encoders.codec, seed, context.folder, context.progress)
+    if encoders.check:
+        from model.encoders import load_codec
+        from model.encoders.check import check_codec
+
+        check_codec(load_codec(context.folder, encoders.codec))
+    return {**info, **_fingerprints(encoders, "codec")}
 
 
 def embedding_keys(recipe: Recipe) -> dict[str, Any]:
@@ -66,8 +73,14 @@ def embedding_keys(recipe: Recipe) -> dict[str, Any]:
 def embedding(context: Context) -> dict[str, Any]:
     from trainer.embedding import train_embedder
 
-    config, seed = context.recipe.encoders.joint, context.recipe.seed
-    return train_embedder(context.run / "corpus", config, seed, context.folder, context.progress)
+    encoders, seed = context.recipe.encoders, context.recipe.seed
+    info = train_embedder(context.run / "corpus", encoders.joint, seed, context.folder, context.progress)
+    if encoders.check:
+        from model.encoders import load_joint_embedder
+        from model.encoders.check import check_joint
+
+        check_joint(load_joint_embedder(context.folder, encoders.joint))
+    return {**info, **_fingerprints(encoders, "joint")}
 
 
 def quantizers_keys(recipe: Recipe) -> dict[str, Any]:
@@ -79,7 +92,12 @@ def quantizers(context: Context) -> dict[str, Any]:
     from trainer.fitting import fit_quantizers
 
     recipe = context.recipe
-    return fit_quantizers(
+    if recipe.encoders.check:
+        from model.encoders import load_semantic_encoder
+        from model.encoders.check import check_semantic
+
+        check_semantic(load_semantic_encoder(recipe.encoders.semantic))
+    info = fit_quantizers(
         context.run / "corpus",
         context.run / "embedding",
         recipe.encoders,
@@ -87,14 +105,54 @@ def quantizers(context: Context) -> dict[str, Any]:
         recipe.seed,
         context.folder,
         context.progress,
+        context.ranks,
     )
+    return {**info, **_fingerprints(recipe.encoders, "semantic", "joint")}
+
+
+def tokens_keys(recipe: Recipe) -> dict[str, Any]:
+    keys = picked("encoders.semantic", HOP, "tokens", without=("tokens.batch_seconds",))(recipe)
+    return {**keys, **_weights("semantic", recipe.encoders.semantic)}
 
 
 def tokens(context: Context) -> dict[str, Any]:
     from data.tokenise import tokenise
 
+    recipe = context.recipe
     corpus, codec, embedding, quantizers = (context.run / name for name in TOKENS_NEED)
-    return tokenise(corpus, codec, embedding, quantizers, context.recipe.encoders, context.folder, context.progress)
+    info, files = tokenise(
+        corpus,
+        codec,
+        embedding,
+        quantizers,
+        recipe.encoders,
+        recipe.tokens,
+        context.folder,
+        context.progress,
+        context.ranks,
+        recipe.data.workers,
+    )
+    context.files.update(files)
+    return {**info, **_fingerprints(recipe.encoders, "codec", "semantic", "joint")}
+
+
+def publish_tokens(context: Context) -> None:
+    """Lets shards that are kept elsewhere stand on their own there: the manifest comes last."""
+    from data.shard_writer import upload
+
+    if context.recipe.tokens.upload:
+        upload(context.folder, context.recipe.tokens.upload.rstrip("/"), artifact.MANIFEST)
+
+
+def _fingerprints(encoders: EncodersConfig, *names: str) -> dict[str, Any]:
+    """What a manifest says of the encoders that were used: it changes with the bytes of their weights."""
+    from model.encoders import encoder_fingerprint
+
+    return {"encoders": {name: encoder_fingerprint(getattr(encoders, name)) for name in names}}
+
+
+def data_ranks(recipe: Recipe) -> int:
+    return recipe.data.ranks
 
 
 def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbedderConfig) -> dict[str, Any]:
@@ -107,8 +165,8 @@ def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbed
 
 STAGES = (
     Stage("corpus", (), corpus_keys, 1, corpus),
-    Stage("codec", ("corpus",), codec_keys, 1, codec),
+    Stage("codec", ("corpus",), codec_keys, 2, codec),
     Stage("embedding", ("corpus",), embedding_keys, 1, embedding),
-    Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 1, quantizers),
-    Stage("tokens", TOKENS_NEED, picked("encoders.semantic", HOP), 1, tokens),
+    Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 2, quantizers, data_ranks),
+    Stage("tokens", TOKENS_NEED, tokens_keys, 2, tokens, data_ranks, resumed=True, sealed=publish_tokens),
 )

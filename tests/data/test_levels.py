@@ -136,6 +136,7 @@ def test_what_soundfile_does_not_read(tmp_path: Path, name: str, codec: str) -> 
     path = write_av(tmp_path / name, np.stack([chirp, 0.5 * chirp]), codec)
     file = probe(path)
     assert (file.sample_rate, file.channels) == (RATE, 2)
+    assert file.seconds == pytest.approx(6, abs=0.1)
     parts = list(pieces(path, 1.0))
     whole = np.concatenate([part.samples for part in parts])
     assert len(whole) == pytest.approx(6 * RATE, abs=2100)

@@ -13,7 +13,7 @@ import pytest
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from data import shards
+from data import shard_writer, shards
 from model import artifact
 
 MEMORY = Path("/dev/shm")
@@ -30,7 +30,7 @@ def record(number: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shards") / "train"
-    assert shards.write_records(path, map(record, range(20))) == 20
+    assert shard_writer.write_records(path, map(record, range(20))) == 20
     return path
 
 
@@ -118,7 +118,7 @@ def test_one_order_whatever_the_nodes_ranks_workers_and_batches(folder: Path, dr
 def tokens(tmp_path: Path) -> Path:
     with artifact.create(tmp_path / "tokens", "tokens", "t") as (path, _):
         for split in ("train", "validation"):
-            shards.write_records(path / split, map(record, range(20)))
+            shard_writer.write_records(path / split, map(record, range(20)))
     return tmp_path / "tokens"
 
 

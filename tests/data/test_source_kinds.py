@@ -229,7 +229,7 @@ def test_sources_in_a_bucket(s3: Any, tmp_path: Path, kind: str) -> None:
         assert [clip.captions for clip in clips] == [(f"song {n}",) for n in range(4) for _ in range(2)]
     check_waves(tmp_path, clips, [name for name in names for _ in range(2)])
     # Another process starts without copies.
-    storage._COPIES._held.clear()
+    storage._COPIES.forget()
     check_waves(tmp_path, clips[:1], names[:1])
 
     before = sources_fingerprint(DataConfig(audio=source))

@@ -27,8 +27,9 @@ def test_nothing_that_is_added_moves_an_old_group() -> None:
 
 
 def test_shares_that_grow_take_groups_from_training_alone() -> None:
-    small, large = split(songs(300), validation=0.05), split(songs(300), validation=0.2)
-    assert all(new == ["validation"] for old, new in zip(small, large, strict=True) if old == ["validation"])
+    small, large = split(songs(300), validation=0.05, test=0.05), split(songs(300), validation=0.2, test=0.1)
+    assert small != large
+    assert all(old in (["train"], new) for old, new in zip(small, large, strict=True))
 
 
 def test_a_group_is_never_divided() -> None:

@@ -10,7 +10,8 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-import data.tokenise
+import data.tokeniser
+from data.config import TokensConfig
 from data.corpus import Clip, read_clips, write_clips
 from data.progress import Progress
 from data.shards import Shards, count_records
@@ -64,7 +65,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Encoder
     codec.save(tmp_path)
     tensors = {"conditioning": torch.randn(3, 8, 2), "semantic": torch.randn(1, 16, MelChroma.dim)}
     save_file(tensors, tmp_path / "quantizers.safetensors")
-    monkeypatch.setattr(data.tokenise, "load_joint_embedder", lambda folder, config: Embedder())
+    monkeypatch.setattr(data.tokeniser, "load_joint_embedder", lambda folder, config: Embedder())
     return corpus, config
 
 
@@ -80,9 +81,9 @@ def add_short(corpus: Path, *lengths: float) -> None:
 
 def run(made: tuple[Path, EncodersConfig], folder: Path) -> dict[str, Any]:
     corpus, config = made
-    return tokenise(
-        corpus, corpus.parent, corpus.parent, corpus.parent, config, folder, Progress(folder / "progress.json")
-    )
+    fitted = corpus.parent
+    progress = Progress(folder / "progress.json")
+    return tokenise(corpus, fitted, fitted, fitted, config, TokensConfig(), folder, progress)[0]
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:

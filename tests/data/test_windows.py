@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from data import shards
+from data import shard_writer, shards
 from data.windows import DRAW, WindowLoader, window_loader
 from model import artifact
 from model.errors import UserError
@@ -42,8 +42,10 @@ def record(number: int, captions: int = 2, seconds: float = CLIP_SECONDS) -> dic
 
 def write_tokens(path: Path, train: int, validation: int, captions: int = 2) -> Path:
     with artifact.create(path, "tokens", "test") as (folder, info):
-        shards.write_records(folder / "train", (record(number, captions) for number in range(train)))
-        shards.write_records(folder / "validation", (record(500 + number, captions) for number in range(validation)))
+        shard_writer.write_records(folder / "train", (record(number, captions) for number in range(train)))
+        shard_writer.write_records(
+            folder / "validation", (record(500 + number, captions) for number in range(validation))
+        )
         info["fields"] = {field.name: field.to_json() for field in (SEMANTIC, ACOUSTIC, CONDITIONING)}
         info.update(clip_seconds=CLIP_SECONDS, hop_seconds=HOP, embedding_seconds=EMBEDDING)
     return path
@@ -225,7 +227,7 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with artifact.create(path, "tokens", "test") as (folder, info):
         for split, first in (("train", 0), ("validation", 100)):
             rows = (record(first + number, seconds=LENGTHS[number % 4]) for number in range(16))
-            shards.write_records(folder / split, rows)
+            shard_writer.write_records(folder / split, rows)
         info["fields"] = {field.name: field.to_json() for field in (SEMANTIC, ACOUSTIC, CONDITIONING)}
         info.update(clip_seconds=CLIP_SECONDS, hop_seconds=HOP, embedding_seconds=EMBEDDING)
     return path

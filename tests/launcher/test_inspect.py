@@ -3,12 +3,19 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 from rich.console import Console
 from synthetic_run import make_run
 
+from data.shard_writer import write_records
 from launcher.inspect import print_inspection
+from launcher.inspect_tokens import decode_record
+from launcher.recipe import read_run_recipe
 from model import artifact
+from model.encoders.mel import MelCodec
 from model.errors import UserError
 
 
@@ -22,6 +29,31 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run", samples=2)
 
 
+def token_shards(folder: Path, codes: np.ndarray, remote: Path | None = None) -> Path:
+    """A token artifact with one record, of two acoustic quantizers with 8 codes each."""
+    fields = {"acoustic": {"name": "acoustic", "rate_hz": 2, "quantizers": 2, "codebook_size": 8}}
+    none = np.zeros((1, 1), np.uint16)
+    record = {"id": "a", "captions": "[]", "semantic": none, "conditioning": none, "text_conditioning": none}
+    with artifact.create(folder / "tokens", "tokens", "t") as (path, info):
+        write_records(path / "train", [{**record, "acoustic": codes}])
+        if remote:
+            (remote / "train").mkdir(parents=True)
+            for shard in (path / "train").glob("*.mds"):
+                shard.rename(remote / "train" / shard.name)
+        info.update(fields=fields, records={"train": 1}, remote=str(remote) if remote else None)
+    return folder / "tokens"
+
+
+def codec_of(run: Path) -> None:
+    """Gives the synthetic run a codec."""
+    config = read_run_recipe(run).encoders.codec
+    torch.manual_seed(0)
+    codec = MelCodec(config)
+    codec.quantizer.fit([torch.randn(300, codec.dim)])
+    with artifact.create(run / "codec", "codec", "c") as (folder, _):
+        codec.save(folder)
+
+
 def shown(path: Path) -> tuple[bool, str]:
     console = Console(file=io.StringIO(), width=200)
     whole = print_inspection(path, console)
@@ -33,7 +65,7 @@ def shown(path: Path) -> tuple[bool, str]:
     [
         ("", ["run folder", "tokens", "5555555555555555"]),
         ("corpus", ["clips: 2040", "train 1900"]),
-        ("tokens", ["acoustic", "8 × 256", "5 samples in 1 MDS shard", "records: train 5"]),
+        ("tokens", ["acoustic", "8 × 256", "5 samples in 1 MDS shard", "records: train 5", "acoustic 7", "25 s"]),
         ("tokens/train", ["shard.00000.mds", "acoustic (ndarray:uint16)"]),
         ("semantic", ["trained stage", "steps: 600", "heads", "3 × 256 × 8"]),
         ("bundle", ["bundle", "made from: semantic 0000000000000000", "embedding.weight", "16 × 8"]),
@@ -106,6 +138,51 @@ def test_a_torn_last_line_of_metrics_is_no_damage_and_another_is(run: Path) -> N
     assert "last line" in text
     path.write_text('{"kind"\n' + path.read_text())
     assert not shown(path)[0]
+
+
+def test_codes_of_tokens_are_counted(tmp_path: Path) -> None:
+    tokens = token_shards(tmp_path, np.array([[0, 5], [0, 5], [0, 6], [3, 6]], np.uint16))
+    whole, text = shown(tokens)
+    assert whole
+    rows = {line.split()[0] + line.split()[1]: line for line in text.splitlines() if line.startswith(" acoustic ")}
+    assert "25%" in rows["acoustic0"]  # 2 of 8 codes
+    assert "0–3" in rows["acoustic0"]
+    assert "0 (75.0%)" in rows["acoustic0"]
+    assert "2.0" in rows["acoustic1"]  # two codes, evenly
+    assert "4 to 4 frames a record" in text
+
+
+def test_codes_that_no_codebook_has_are_damage(tmp_path: Path) -> None:
+    whole, text = shown(token_shards(tmp_path, np.array([[0, 8]], np.uint16)))
+    assert not whole
+    assert "1 codes of acoustic are not in its codebook" in text
+
+
+def test_shards_are_compared_with_their_index_where_there_is_no_manifest_of_them(tmp_path: Path) -> None:
+    """As for shards at a remote, which is a folder here."""
+    tokens = token_shards(tmp_path, np.array([[0, 7]], np.uint16), remote=tmp_path / "there")
+    assert shown(tokens)[0]
+    shard = tmp_path / "there" / "train" / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    whole, text = shown(tokens)
+    assert not whole
+    assert f"{shard} has changed" in text.replace("\n", "")
+
+
+def test_a_record_becomes_sound(run: Path, tmp_path: Path) -> None:
+    codec_of(run)
+    said = decode_record(run / "tokens", "clip-3", None, tmp_path / "a.wav")
+    assert said == "clip-3, 5.0 s: a tune"
+    wave, rate = soundfile.read(tmp_path / "a.wav")
+    assert (len(wave), rate) == (5 * 16_000, 16_000)
+    assert abs(wave).max() > 0
+    decode_record(run / "tokens", "8", None, tmp_path / "b.wav")
+    with pytest.raises(UserError, match="no record 'clip-9': name an id, or a number from 0 to 9"):
+        decode_record(run / "tokens", "clip-9", None, tmp_path / "c.wav")
+    with pytest.raises(UserError, match="does not lie in a run folder: say with --run"):
+        decode_record(token_shards(tmp_path, np.array([[0, 7]], np.uint16)), "0", None, tmp_path / "c.wav")
 
 
 @pytest.mark.parametrize("name", ["absent", "text.txt", "folder"])

@@ -1,0 +1,109 @@
+"""The frozen encoders and their quantizers at work: audio and captions of some clips → records of codes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.config import aligned_seconds
+from data.corpus import Clip
+from data.shard_writer import Record
+from data.waves import Kind, Waves
+from model.config import EncodersConfig
+from model.encoders import load_codec, load_joint_embedder, load_semantic_encoder
+from model.encoders.base import embed_windows
+from model.fields import CONDITIONING, SEMANTIC, TokenField
+from model.kmeans import ResidualKMeans
+
+
+class Tokeniser:
+    """Encodes clips; several threads may do so at once."""
+
+    def __init__(self, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig) -> None:
+        """`codec`, `embedding` and `quantizers` are the artifacts with the fitted parts."""
+        self.codec = load_codec(codec, encoders.codec)
+        self.semantic = load_semantic_encoder(encoders.semantic)
+        self.joint = load_joint_embedder(embedding, encoders.joint)
+        self.config = encoders.joint
+        self.conditioning_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", CONDITIONING)
+        self.semantic_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", SEMANTIC)
+        self._clock = Lock()
+        self.encoding_seconds = 0.0
+        """Spent in the encoders so far, by all threads together."""
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The audio that is needed of each clip."""
+        return [(self.codec.sample_rate, 1), (self.semantic.sample_rate, 1), (self.joint.sample_rate, 1)]
+
+    @property
+    def fields(self) -> list[TokenField]:
+        conditioning, semantic = self.conditioning_codes, self.semantic_codes
+        return [
+            self.codec.field,
+            TokenField(SEMANTIC, self.semantic.rate_hz, semantic.levels, semantic.codebook_size),
+            TokenField(CONDITIONING, 1 / self.config.hop_seconds, conditioning.levels, conditioning.codebook_size),
+        ]
+
+    def aligned(self, clip: Clip, longest: float) -> Clip:
+        """`clip`, which where it is shorter than `longest` seconds ends with a frame of every field."""
+        if clip.seconds == longest:
+            return clip
+        timed = [field for field in self.fields if field.name != CONDITIONING]
+        return replace(clip, seconds=aligned_seconds(clip.seconds, timed))
+
+    @torch.inference_mode()
+    def records(self, batch: Waves) -> list[Record]:
+        """One record for each clip of a batch."""
+        if not batch.clips:
+            return []
+        started = time.perf_counter()
+        codec, semantic, joint = (batch.waves[kind] for kind in self.kinds)
+        acoustic = self.codec.encode(codec).cpu()
+        features = self.semantic_codes.encode(self.semantic.features(semantic).cpu())
+        conditioning = self.conditioning_codes.encode(embed_windows(self.joint, joint, self.config).cpu())
+        for codes, field in zip((acoustic, features), self.fields, strict=False):
+            _check(codes, field, batch.clips[0].seconds)
+        text = self._text(batch.clips)
+        with self._clock:
+            self.encoding_seconds += time.perf_counter() - started
+        return [
+            {
+                "id": clip.id,
+                "captions": json.dumps(clip.captions),
+                "conditioning": _stored(conditioning[index]),
+                "semantic": _stored(features[index]),
+                "acoustic": _stored(acoustic[index]),
+                "text_conditioning": _stored(text[index]),
+            }
+            for index, clip in enumerate(batch.clips)
+        ]
+
+    def _text(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """Codes `[captions, quantizers]` of each clip's captions."""
+        captions = [caption for clip in clips for caption in clip.captions]
+        levels = self.conditioning_codes.levels
+        if not captions:
+            return [torch.zeros(0, levels, dtype=torch.long)] * len(clips)
+        codes = self.conditioning_codes.encode(self.joint.embed_text(captions).cpu())
+        return list(codes.split([len(clip.captions) for clip in clips]))
+
+
+def _check(codes: Tensor, field: TokenField, seconds: float) -> None:
+    """Raises ValueError unless `codes` are what `field` says of a clip of `seconds`: shards are for ever."""
+    if codes.shape[1:] != (field.frames(seconds), field.quantizers):
+        raise ValueError(f"the {field.name} encoder gave {list(codes.shape[1:])} for {seconds} s of {field}")
+    if not (codes.min() >= 0 and codes.max() < field.codebook_size):
+        raise ValueError(f"the {field.name} encoder gave codes from {codes.min()} to {codes.max()} for {field}")
+
+
+def _stored(codes: Tensor) -> np.ndarray:
+    return codes.numpy().astype(np.uint16)
