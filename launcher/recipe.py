@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
+from data.cloud import is_remote
 from data.config import DataConfig, TokensConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
@@ -210,6 +211,6 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
     named = [(section, key) for section, key in named if section[key] and Path(section[key]).expanduser().exists()]
     for section, key in [*always, *named]:
-        if section[key] is not None:
+        if section[key] is not None and not is_remote(section[key]):
             section[key] = str(Path(section[key]).expanduser().absolute())
     return Recipe.model_validate(values)

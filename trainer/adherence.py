@@ -17,7 +17,18 @@ import soundfile
 import torch
 import yaml
 
-from data.corpus import HELD_OUT, TRAIN, VALIDATION, Clip, Prompt, load_clip, read_clips, read_prompts, write_jsonl
+from data.corpus import (
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Clip,
+    Prompt,
+    load_clip,
+    read_clips,
+    read_prompts,
+    write_jsonl,
+)
 from data.progress import Progress
 from model import artifact
 from model.encoders.base import Codec, with_channels
@@ -42,7 +53,7 @@ def make_samples(run: Path, folder: Path, progress: Progress) -> dict[str, Any]:
     corpus = artifact.read(run / "corpus", "corpus").path
     pipeline = MusicPipeline.load(run / "bundle")
     rate = pipeline.codec.sample_rate
-    real = read_clips(corpus, HELD_OUT) or read_clips(corpus, VALIDATION)
+    real = read_clips(corpus, HELD_OUT) or read_clips(corpus, TEST) or read_clips(corpus, VALIDATION)
     prompts, waves = _generate(pipeline, corpus, real, count, seconds, recipe["seed"], progress)
     judge = _calibrate(pipeline.codec, corpus, recipe["seed"]) if real[0].attributes else None
 

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 SHARED_KEYS = ("seed", "data.audio", "data.clip_seconds", "data.validation")
 BUILTIN_KEYS = (*SHARED_KEYS, "data.clips", "data.sample_rate")
-OWN_KEYS = (*SHARED_KEYS, "data.captions", "data.shortest_seconds", "data.silence_db")
+OWN_KEYS = (
+    *SHARED_KEYS,
+    *(
+        f"data.{name}"
+        for name in (
+            "format", "captions", "shortest_seconds", "test", "split_by", "silence_db", "most_clipped", "duplicates",
+            "channels", "loudness", "tag_captions",
+        )
+    ),
+)  # fmt: skip
 FILES = "the files in data.audio"
 TOKENS_NEED = ("corpus", "codec", "embedding", "quantizers")
 HOP = "encoders.joint.hop_seconds"
@@ -33,9 +42,9 @@ def corpus(context: Context) -> dict[str, Any]:
         from data.builtin import write_corpus
 
         return write_corpus(context.folder, data, seed, context.progress)
-    from data.sources import index_folder
+    from data.indexing import index_audio
 
-    return index_folder(context.folder, data, seed, context.progress)
+    return index_audio(context.folder, data, seed, context.progress)
 
 
 def codec_keys(recipe: Recipe) -> dict[str, Any]:
