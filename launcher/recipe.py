@@ -203,7 +203,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     for section in values["encoders"].values():
         named.append((section, "weights"))
     for stage in values["stages"].values():
-        named.append((stage["train"], "zero"))
+        named += [(stage["train"], "zero"), *((other, "tokens") for other in stage["train"]["mix"])]
+        if stage["train"]["cache"] is not None:
+            stage["train"]["cache"] = str(Path(stage["train"]["cache"]).expanduser().absolute())
     for section, key in named:
         # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
         if section[key] is not None and (section is values["data"] or Path(section[key]).expanduser().exists()):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import data.tokenise
 from data.corpus import Clip, read_clips, write_clips
 from data.progress import Progress
-from data.shards import Shards, count_records
+from data.shards import count_records, first_records
 from data.tokenise import tokenise
 from data.windows import window_loader
 from model import artifact
@@ -86,8 +86,7 @@ def run(made: tuple[Path, EncodersConfig], folder: Path) -> dict[str, Any]:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    reader = Shards(folder, lambda row, epoch: row, records=count_records(folder), batch=1, seed=0, shuffle=False)
-    return {row["id"]: row for row in reader}
+    return {row["id"]: row for row in first_records(folder, count_records(folder))}
 
 
 def test_records_hold_what_the_encoders_say(made: tuple[Path, EncodersConfig], tmp_path: Path) -> None:
