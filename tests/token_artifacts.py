@@ -106,10 +106,11 @@ def held(folder: Path) -> int:
 
 
 def rewrite_small(tokens: Path) -> None:
-    """The same records in shards of about five, hashed, as a tokenising to a bucket writes them."""
+    """The same records, each four times, in shards of about five, hashed as a tokenising to a bucket writes them."""
     found = artifact.read(tokens)
     for split in ("train", "validation"):
-        records = shards.first_records(tokens / split, 10_000)
+        once = shards.first_records(tokens / split, 10_000)
+        records = [{**one, "id": f"{one['id']}-{copy}"} for copy in range(4) for one in once]
         for path in (tokens / split).iterdir():
             path.unlink()
         size = 5 * sum(value.nbytes for value in records[0].values() if isinstance(value, np.ndarray))

@@ -15,7 +15,7 @@ import token_artifacts
 from buckets import BUCKET, environment
 from ranks import run_ranks, start_ranks
 from token_artifacts import held, upload, write_tokens
-from training_runs import job, make_run, rows, train_all, weights_digest
+from training_runs import change, job, make_run, rows, train_all, weights_digest
 
 from model import artifact
 from model.errors import UserError
@@ -176,8 +176,6 @@ def test_a_stage_trained_from_a_bucket_is_killed_and_goes_on(
     there, here = run_in_a_bucket
     run_ranks(train_all, 2, tmp_path / "log", here)
     total = sum(file["raw_data"]["bytes"] for file in token_artifacts.read(there / "tokens").index("train"))
-    from training_runs import change
-
     limit = token_artifacts.least_limit(there / "tokens", ranks=2)
     assert limit < total + token_artifacts.validation_bytes(there / "tokens")
     change(there, cache_limit=limit)
@@ -189,6 +187,7 @@ def test_a_stage_trained_from_a_bucket_is_killed_and_goes_on(
         time.sleep(0.01)
     running.send(signal.SIGKILL)
     running.wait()
+    assert not (there / "coarse" / artifact.MANIFEST).exists()
     assert held(there / "cache") <= limit
     again = start_ranks(job, 2, tmp_path / "again", there, **environment())
     assert again.wait() == [0, 0], again.output()
