@@ -13,8 +13,9 @@ import numpy as np
 from buckets import BUCKET
 from streaming import MDSWriter
 
-from data import shards
+from data import shard_writer
 from data.shard_cache import least_cache
+from data.shards import first_records
 from data.token_corpus import TokenCorpus
 from model import artifact
 from model.fields import TokenField
@@ -58,7 +59,7 @@ def write_tokens(
         for split, part in (("train", numbers), ("validation", validation)):
             with MDSWriter(
                 out=str(path / split),
-                columns=shards.COLUMNS,
+                columns=shard_writer.COLUMNS,
                 compression=compression,
                 hashes=["sha1", "xxh64"],
                 size_limit=RECORDS_A_SHARD * 560,
@@ -109,13 +110,13 @@ def rewrite_small(tokens: Path) -> None:
     """The same records, each four times, in shards of about five, hashed as a tokenising to a bucket writes them."""
     found = artifact.read(tokens)
     for split in ("train", "validation"):
-        once = shards.first_records(tokens / split, 10_000)
+        once = first_records(tokens / split, 10_000)
         records = [{**one, "id": f"{one['id']}-{copy}"} for copy in range(4) for one in once]
         for path in (tokens / split).iterdir():
             path.unlink()
         size = 5 * sum(value.nbytes for value in records[0].values() if isinstance(value, np.ndarray))
         with MDSWriter(
-            out=str(tokens / split), columns=shards.COLUMNS, hashes=["sha1", "xxh64"], size_limit=size
+            out=str(tokens / split), columns=shard_writer.COLUMNS, hashes=["sha1", "xxh64"], size_limit=size
         ) as writer:
             for one in records:
                 writer.write(one)
