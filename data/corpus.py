@@ -78,8 +78,8 @@ def load_clip(corpus: Path, clip: Clip, sample_rate: int, channels: int = 1) -> 
     """The waveform of a clip in [-1, 1]: float32 `[round(seconds × sample_rate)]`, mono, or `[2, …]` for two
     `channels`.
 
-    Safe to call from several threads. Raises ClipError when the audio is no longer what it was when the corpus was made,
-    and UserError when its bucket is out of reach.
+    Safe to call from several threads. Raises ClipError when the audio is no longer what it was when the corpus was
+    made, and UserError when its bucket is out of reach.
     """
     path = clip.path if STRETCH.fullmatch(clip.path) or is_remote(clip.path) else str(corpus / clip.path)
     try:
