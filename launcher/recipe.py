@@ -205,11 +205,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Stages run in other folders: what names a file here must name it there."""
     values = recipe.model_dump(mode="json")
     always = [(values["data"], "audio"), (values["data"], "captions"), (values, "fitted_from")]
-    named = []
-    for section in values["encoders"].values():
-        named.append((section, "weights"))
-    for stage in values["stages"].values():
-        named.append((stage["train"], "zero"))
+    named = [(values["encoders"][name], "weights") for name in ("codec", "semantic", "joint")]
+    named += [(values["encoders"]["joint"], "tokenizer")]
+    named += [(stage["train"], "zero") for stage in values["stages"].values()]
     # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
     named = [(section, key) for section, key in named if section[key] and Path(section[key]).expanduser().exists()]
     for section, key in [*always, *named]:

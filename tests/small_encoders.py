@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
+from model.encoders.encodec import ARCHITECTURES
+
 CODEC = {"kind": "encodec", "sample_rate": 24_000, "frame_rate": 75, "quantizers": 4, "codebook_size": 64}
+STEREO = {"kind": "encodec", "sample_rate": 48_000, "frame_rate": 150, "quantizers": 3, "codebook_size": 256}
 MERT = {"kind": "mert", "sample_rate": 16_000, "frame_rate": 50, "layer": 2}
 CLAP = {"kind": "clap", "sample_rate": 48_000, "window_seconds": 10.0, "dim": 32}
 
 
-def save_encodec(folder: Path) -> Path:
+def save_encodec(folder: Path, stereo: bool = False) -> Path:
     from transformers import EncodecConfig, EncodecModel
 
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    # 6 bits a code at 75 Hz: 0.45 kbps a codebook.
-    config = EncodecConfig(
-        num_filters=4, hidden_size=16, codebook_size=64, target_bandwidths=[0.9, 1.8], num_lstm_layers=1
-    )
+    shape = {"num_filters": 4, "hidden_size": 16, "codebook_size": 64, "num_lstm_layers": 1}
+    # 6 bits a code: at 75 Hz 0.45 kbps a codebook, at 150 Hz 0.9.
+    config = EncodecConfig(**shape, target_bandwidths=[0.9, 1.8])
+    if stereo:
+        config = EncodecConfig(**ARCHITECTURES[2] | {**shape, "codebook_size": 256, "target_bandwidths": [2.4, 4.8]})
     model = EncodecModel(config)
     with torch.no_grad():
-        latent = model.encoder(noise(24_000, 1.0)[:1, None])[0].T
+        latent = model.encoder(noise(24_000, 1.0)[:1, None].expand(-1, config.audio_channels, -1))[0].T
     first, *others = (layer.codebook.embed for layer in model.quantizer.layers)  # they are made as zeros
-    first.copy_(latent[:64])
+    first.copy_(latent[torch.arange(len(first)) % len(latent)])
     for embed in others:
         embed.normal_().mul_(latent.std(0).mean() / 2)
     model.save_pretrained(folder)
@@ -78,3 +84,13 @@ def save_clap(folder: Path) -> Path:
 
 def noise(rate: int, seconds: float, batch: int = 2) -> torch.Tensor:
     return 0.3 * torch.randn(batch, round(seconds * rate), generator=torch.Generator().manual_seed(1)).clamp(-3, 3) / 3
+
+
+class Evil:
+    """Makes the folder `target` when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)

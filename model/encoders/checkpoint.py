@@ -33,6 +33,10 @@ def read_tensors(kind: str, file: Path) -> dict[str, Tensor]:
     anything else, or no state dict.
     """
     key = weights_key(kind)
+    zipped = zipfile.is_zipfile(file)
+    with file.open("rb") as start:
+        if file.suffix != ".safetensors" and not zipped and start.read(1) != pickle.PROTO:
+            raise UserError(f"{key}: {file} is no checkpoint.\n{OWN_FILES[kind]}")
     try:
         found: Any
         if file.suffix == ".safetensors":
@@ -40,14 +44,14 @@ def read_tensors(kind: str, file: Path) -> dict[str, Tensor]:
         else:
             # Mapped: the state of an optimizer beside the weights is not read.
             with torch.serialization.safe_globals(NUMBERS):
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{key}: {file} is no checkpoint, or holds more than tensors, so that opening it could run code: it was "
-            f"not loaded.\n{OWN_FILES[kind]}"
+            f"{key}: {file} holds more than tensors, so that opening it could run code: it was not loaded.\n"
+            f"{OWN_FILES[kind]}"
         ) from None
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"{key}: {file} is damaged: {str(error).splitlines()[0]}\n{OWN_FILES[kind]}") from None
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{key}: {file} is damaged ({type(error).__name__}).\n{OWN_FILES[kind]}") from None
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{key}: {file} holds no state dict.\n{OWN_FILES[kind]}")

@@ -6,12 +6,20 @@ import json
 
 import pytest
 import torch
-from small_encoders import CLAP, CODEC, MERT, noise, save_clap, save_encodec, save_mert
+from small_encoders import CLAP, CODEC, MERT, Evil, noise, save_clap, save_encodec, save_mert
 
 from model.config import CodecConfig, JointEmbedderConfig, SemanticEncoderConfig
-from model.encoders import encoder_fingerprint, load_codec, load_joint_embedder, load_semantic_encoder
-from model.encoders.base import Codec, JointEmbedder, SemanticEncoder
+from model.encoders import (
+    base,
+    encoder_fingerprint,
+    hubert,
+    load_codec,
+    load_joint_embedder,
+    load_semantic_encoder,
+)
+from model.encoders.base import Codec, JointEmbedder, SemanticEncoder, embed_windows
 from model.errors import UserError
+from model.kmeans import ResidualKMeans
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,33 @@ def test_mert_layer_is_that_of_the_whole_model(mert):
     assert torch.allclose(encoder.features(x), expected, atol=1e-5)
 
 
+def test_hubert_is_the_same_by_another_name(mert):
+    config = {"sample_rate": 16_000, "frame_rate": 50, "layer": 3, "weights": str(mert)}
+    mert_, hubert = (load_semantic_encoder(SemanticEncoderConfig(kind=kind, **config)) for kind in ("mert", "hubert"))
+    x = noise(16_000, 0.5)
+    assert torch.equal(mert_.features(x), hubert.features(x))
+    with pytest.raises(UserError, match="must be a folder"):
+        load_semantic_encoder(SemanticEncoderConfig(kind="hubert", weights=str(mert / "model.safetensors")))
+
+
+def test_long_waves_have_nearly_the_features_of_the_whole(mert, monkeypatch):
+    encoder = load_semantic_encoder(SemanticEncoderConfig(**MERT, weights=str(mert)))
+    generator = torch.Generator().manual_seed(0)
+    notes = (110 * 2 ** (torch.randint(24, (60,), generator=generator) / 12)).repeat_interleave(8_000)
+    loudness = torch.rand(60, generator=generator).repeat_interleave(8_000)
+    tones = (2 * torch.pi * torch.cumsum(notes, 0) / 16_000).sin() * 0.3 * loudness
+    x = (tones + 0.05 * torch.randn(480_000, generator=generator))[None]
+    whole = encoder.features(x)
+    codes = ResidualKMeans(1, 64, 32)
+    codes.fit([whole[0]], iterations=10)
+    monkeypatch.setattr(hubert, "CHUNK_SECONDS", 12.0)
+    chunked = encoder.features(x)
+    assert chunked.shape == whole.shape
+    assert not torch.equal(chunked, whole)
+    assert torch.cosine_similarity(chunked, whole, -1).mean() > 0.998
+    assert (codes.encode(chunked) == codes.encode(whole)).float().mean() > 0.97
+
+
 def test_mert_that_needs_its_own_code(mert, tmp_path):
     for file in mert.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -116,17 +151,49 @@ def test_clap_embeds_audio_and_text(clap):
     assert embedder.embed_text([]).shape == (0, 32)
 
 
-def test_clap_with_a_collapsed_text_tower(clap, tmp_path):
-    from transformers import ClapModel
+def test_clap_sees_what_its_own_feature_extractor_makes(clap):
+    from transformers import ClapFeatureExtractor
 
-    for file in clap.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    model = ClapModel.from_pretrained(clap)
-    model.text_projection.linear2.weight.data.zero_()
-    model.text_projection.linear2.bias.data.fill_(1)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="unrelated texts for alike"):
-        load_joint_embedder(tmp_path, JointEmbedderConfig(**CLAP, weights=str(tmp_path)))
+    embedder = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, weights=str(clap)))
+    extractor = ClapFeatureExtractor.from_pretrained(clap)
+    for seconds in (10.0, 3.3):
+        x = noise(48_000, seconds)
+        quantised = (x * 32767).to(torch.int16).double() / 32767
+        expected = extractor(list(quantised.numpy()), sampling_rate=48_000, return_tensors="pt")["input_features"]
+        assert torch.allclose(embedder.spectrogram(x), expected.float(), atol=1e-3)
+
+
+def test_long_clips_are_embedded_a_few_windows_at_a_time(clap, monkeypatch):
+    config = JointEmbedderConfig(**{**CLAP, "window_seconds": 1.0, "hop_seconds": 0.5, "weights": str(clap)})
+    embedder = load_joint_embedder(clap, config)
+    x = noise(48_000, 3.0)
+    whole = embed_windows(embedder, x, config)
+    assert whole.shape == (2, 5, 32)
+    assert torch.allclose(whole[1, 2], embedder.embed_audio(x[1:, 48_000:96_000])[0], atol=1e-5)
+    monkeypatch.setattr(base, "WINDOWS", 3)
+    assert torch.allclose(embed_windows(embedder, x, config), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lower_precision_gives_nearly_the_same_in_fp32(clap, mert, dtype):
+    exact = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, weights=str(clap)))
+    rough = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, dtype=dtype, weights=str(clap)))
+    x, texts = noise(48_000, 1.0), ["a flute", "many drums"]
+    for one, other in (
+        (exact.embed_audio(x), rough.embed_audio(x)),
+        (exact.embed_text(texts), rough.embed_text(texts)),
+    ):
+        assert other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert torch.cosine_similarity(one, other).min() > 0.99
+        assert torch.allclose(other.norm(dim=1), torch.ones(2), atol=1e-4)
+    exact, rough = (
+        load_semantic_encoder(SemanticEncoderConfig(**MERT, dtype=name, weights=str(mert))) for name in ("fp32", dtype)
+    )
+    one, other = exact.features(noise(16_000, 1.0)), rough.features(noise(16_000, 1.0))
+    assert other.dtype == torch.float32
+    assert not torch.equal(one, other)
+    assert torch.cosine_similarity(one, other, -1).mean() > 0.99
 
 
 @pytest.mark.parametrize(("key", "value"), [("dim", 512), ("sample_rate", 44_100), ("window_seconds", 30.0)])
@@ -153,6 +220,14 @@ def test_no_weights(tmp_path, monkeypatch):
         load_codec(tmp_path, CodecConfig(**CODEC, weights="no-one/nothing"))
     with pytest.raises(UserError, match=r"needs config\.json"):
         load_codec(tmp_path, CodecConfig(**CODEC, weights=str(tmp_path)))
+
+
+def test_a_folder_whose_weights_would_run_code(encodec, tmp_path):
+    (tmp_path / "config.json").write_bytes((encodec / "config.json").read_bytes())
+    torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="hold more than tensors, which is never loaded"):
+        load_codec(tmp_path, CodecConfig(**CODEC, weights=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_fingerprint_follows_the_bytes_and_not_the_place(encodec, tmp_path):
