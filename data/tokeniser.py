@@ -42,7 +42,11 @@ class Tokeniser:
     @property
     def kinds(self) -> list[Kind]:
         """The audio that is needed of each clip."""
-        return [(self.codec.sample_rate, 1), (self.semantic.sample_rate, 1), (self.joint.sample_rate, 1)]
+        return [
+            (self.codec.sample_rate, self.codec.channels),
+            (self.semantic.sample_rate, 1),
+            (self.joint.sample_rate, 1),
+        ]
 
     @property
     def fields(self) -> list[TokenField]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,19 +14,18 @@ import torch
 from torch import Tensor
 
 from model.errors import UserError
-from model.lloyd import CHUNK
 
 
 class VectorFile:
     """Blocks `[n, dim]` of vectors in an open file: appended one after another, then read and replaced in any order.
 
-    It is read with plain reads: the pages of a mapping would count, and stay, as memory of the process. `file` may hold
-    `vectors` of them already. `dtype` is that in the file; blocks are float32.
+    It is read with plain reads: the pages of a mapping would count, and stay, as memory of the process. `dtype` is that
+    in the file; blocks are float32. Of a file that holds vectors already, `sizes` are the lengths of its blocks.
     """
 
-    def __init__(self, file: BinaryIO, dim: int, dtype: str = "<f4", vectors: int = 0) -> None:
-        self.file, self.dim, self.dtype = file, dim, np.dtype(dtype)
-        self._ends = [*range(CHUNK, vectors, CHUNK), vectors] if vectors else []
+    def __init__(self, file: BinaryIO, dim: int, dtype: torch.dtype = torch.float32, sizes: Iterable[int] = ()) -> None:
+        self.file, self.dim, self.dtype = file, dim, dtype
+        self._ends = list(itertools.accumulate(sizes))
 
     def append(self, block: Tensor) -> None:
         """Adds a block after the last."""
@@ -41,13 +42,13 @@ class VectorFile:
 
     def __getitem__(self, index: int) -> Tensor:
         rows = self._seek(index)
-        block = np.fromfile(self.file, self.dtype, rows * self.dim).reshape(rows, self.dim)
-        return torch.from_numpy(block.astype(np.float32, copy=False))
+        stored = np.fromfile(self.file, torch.empty(0, dtype=self.dtype).numpy().dtype, rows * self.dim)
+        return torch.from_numpy(stored).view(rows, self.dim).float()
 
     def __setitem__(self, index: int, block: Tensor) -> None:
         if block.shape != (self._seek(index), self.dim):
             raise ValueError(f"block {index} cannot be replaced by one of shape {list(block.shape)}")
-        block.detach().numpy().astype(self.dtype, copy=False).tofile(self.file)
+        block.detach().to(self.dtype).numpy().tofile(self.file)
 
     def _seek(self, index: int) -> int:
         """Goes to where a block begins and returns how many vectors it has."""

@@ -12,7 +12,8 @@ from urllib.parse import urldefrag, urlsplit
 
 from data.caption_files import CAPTION_COLUMNS, FILE_COLUMNS
 from data.collect.failure import Failure
-from data.collect.rows import numbered, rows
+from data.sources.rows import numbered
+from data.tables import rows
 from model.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
