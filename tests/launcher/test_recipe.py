@@ -78,6 +78,13 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("quickstart", ["data.audio=music"])
     assert recipe.data.audio == str(tmp_path / "music")
+    recipe = load_recipe("quickstart", ["data.audio=shards-{000..010}.tar"])
+    assert recipe.data.audio == str(tmp_path / "shards-{000..010}.tar")
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/music", "gs://bucket/songs.jsonl", "s3://bucket/s-{00..10}.tar"])
+def test_addresses_stay_as_they_are(address):
+    assert load_recipe("quickstart", [f"data.audio={address}"]).data.audio == address
 
 
 def test_a_run_keeps_the_resolved_recipe(tmp_path):
@@ -148,6 +155,9 @@ def test_every_problem_has_a_line_and_one_of_all_stages_has_one():
         (["stages.coarse.model.field=semantic"], "the coarse stage predicts 'acoustic'"),
         (["stages.semantic.model.conditions.0.field=acoustic"], "the semantic stage can be conditioned on 'condit"),
         (["stages.fine.model.conditions.1.paths=[summed]"], "acoustic codes have no centroids to sum"),
+        (["data.audio=x", "data.captions=y", "data.format=mds"], "data.captions goes with a folder of files, not with"),
+        (["data.audio=x", "data.validation=0.5", "data.test=0.5"], "leave nothing to train on: lower them"),
+        (["data.split_by=artist"], "data.split_by is set but data.audio is not"),
         (["data.shortest_seconds=1"], "data.shortest_seconds is set but data.audio is not"),
         (["data.audio=music", "data.shortest_seconds=6"], "data.shortest_seconds is 6: it must be at most data.clip"),
         (["data.audio=music", "data.shortest_seconds=0.03"], "is 0.03: it must be at least 0.04, the time that is a"),
