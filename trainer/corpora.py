@@ -77,13 +77,12 @@ def prepare(setup: StageSetup, engine: Engine) -> None:
 
     agreed(said(lambda: _fetch_metadata(setup), cache) if leads else None)
     agreed(said(lambda: _check(setup), cache) if engine.rank == 0 else None)
-    share = (engine.rank, engine.world_size)
-    damaged = engine.gather([problem for corpus in mixture(setup).corpora for problem in corpus.damage(share)])
-    if wrong := [problem for part in damaged for problem in part]:
-        raise UserError(
-            f"the token shards are damaged: {'; '.join(wrong)}.\n"
-            f"Move them away and run the same command again: it makes the run's own, {setup.tokens}, anew."
-        )
+    for corpus in mixture(setup).corpora:
+        damaged = engine.gather(corpus.damage((engine.rank, engine.world_size)))
+        if wrong := [problem for part in damaged for problem in part]:
+            again = f"Move {setup.tokens} away and run the same command again: it makes them anew."
+            remedy = again if corpus.folder == setup.tokens else f"Bring a whole copy of them to {corpus.folder}."
+            raise UserError(f"the token shards are damaged: {'; '.join(wrong)}.\n{remedy}")
     agreed(said(lambda: _fetch_validation(setup), cache) if leads else None)
 
 
