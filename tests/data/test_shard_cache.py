@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -131,8 +132,12 @@ def test_a_damaged_shard_is_named(
     key = "tokens/train/shard.00003.mds"
     data = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     s3.put_object(Bucket=BUCKET, Key=key, Body=damage(data))
-    with pytest.raises(UserError, match=rf"^the shard s3://{BUCKET}/{key} is damaged: fetched 2 times") as found:
-        windows(loader([stored[0]], tmp_path / "cache", workers=workers))
+    words = rf"^the shard s3://{BUCKET}/{key} is damaged: fetched 2 times"
+    with (
+        contextlib.closing(loader([stored[0]], tmp_path / "cache", workers=workers)) as broken,
+        pytest.raises(UserError, match=words) as found,
+    ):
+        windows(broken)
     assert "Traceback" not in str(found.value)
 
 
