@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import Discriminator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, Tag, model_validator
 
 from model.config import Config
 from model.errors import UserError, nearest
@@ -30,7 +30,18 @@ class Range(Config):
         return self
 
 
-Filter = dict[str, Value | Annotated[list[Value], Field(min_length=1)] | Range]
+def _kind(rule: Any) -> str:
+    """What a rule is meant to be, so that what is wrong with it is said of that alone."""
+    return "dict[range]" if isinstance(rule, dict | Range) else "list[value]" if isinstance(rule, list) else "str"
+
+
+Rule = Annotated[
+    Annotated[Range, Tag("dict[range]")]
+    | Annotated[list[Value], Field(min_length=1), Tag("list[value]")]
+    | Annotated[Value, Tag("str")],
+    Discriminator(_kind),
+]
+Filter = dict[str, Rule]
 """Column → the value, one of the values or the range that a record must have there."""
 
 

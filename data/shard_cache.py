@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.compression import decompress
-from streaming.base.format import FileInfo, Reader
+from streaming.base.format import FileInfo, Reader, reader_from_json
 from streaming.base.hashing import get_hash
 from streaming.base.util import retry
 from streaming.base.world import World
@@ -53,17 +52,21 @@ class CachedStream(Stream):
     A file there under a shard's name is whole and checked, whenever a process was killed.
     """
 
-    def __init__(self, place: str, index: Path, folder: Path) -> None:
-        super().__init__(remote=place, local=str(folder.absolute()), validate_hash=HASH, keep_zip=False)
-        self.place, self._index, self._folder = place, index, folder
+    def __init__(self, corpus: TokenCorpus, split: str, folder: Path) -> None:
+        self.place = corpus.place(split)
+        super().__init__(remote=self.place, local=str(folder.absolute()), validate_hash=HASH, keep_zip=False)
+        self._corpus, self._split, self._folder = corpus, split, folder
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        if world.is_local_leader:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / f"{INDEX}{PARTIAL}"
-            shutil.copyfile(self._index, partial)
-            partial.replace(self._folder / INDEX)
-        return super().get_shards(world, allow_unsafe_types)
+        """By the corpus's own index, of which the cache has no copy that could be an earlier one."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shards = [reader_from_json(self.local, None, entry) for entry in self._corpus.index(self._split)]
+        for shard in shards:
+            shard.validate(allow_unsafe_types)
+        return shards
+
+    def get_index_size(self) -> int:
+        return 0
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
         """Finds what an earlier job has left, and removes what is no whole shard."""
@@ -73,7 +76,7 @@ class CachedStream(Stream):
             number = expected.get(path.name)
             if number is not None and path.stat().st_size == shards[number].get_raw_size():
                 cache_usage_per_shard[number] = shards[number].get_raw_size()
-            elif path.name != INDEX:
+            else:
                 path.unlink()
 
     def _prepare_shard_part(
@@ -128,7 +131,7 @@ def open_stream(corpus: TokenCorpus, split: str, cache: Path | None) -> Stream:
         return InPlaceStream(corpus.folder / split)
     if cache is None:
         raise ValueError(f"the shards of {corpus.address} need a cache")
-    return CachedStream(corpus.place(split), corpus.folder / split / INDEX, cache_folder(corpus, split, cache))
+    return CachedStream(corpus, split, cache_folder(corpus, split, cache))
 
 
 def cache_folder(corpus: TokenCorpus, split: str, cache: Path) -> Path:
@@ -163,5 +166,4 @@ def fetches_at_once(workers: int) -> int:
 def least_cache(corpora: Sequence[TokenCorpus], split: str, workers: int) -> int:
     """Bytes below which a cache would remove what is about to be read: of shards four, which streaming asks for, and
     for each process those it fetches and as many that it reads."""
-    indexes = sum((corpus.folder / split / INDEX).stat().st_size for corpus in corpora)
-    return indexes + (4 + 2 * fetches_at_once(workers)) * largest_shard(corpora, split)
+    return (4 + 2 * fetches_at_once(workers)) * largest_shard(corpora, split)

@@ -45,7 +45,8 @@ class TokenCorpus:
     def read(cls, folder: Path, address: str | None = None) -> TokenCorpus:
         """Raises UserError where `folder` holds no token artifact. `address`: the bucket that it was copied from."""
         manifest = artifact.read(folder, KIND).manifest
-        return cls(folder, address or str(folder), manifest, address or manifest["info"].get("remote"))
+        remote = (address or manifest["info"].get("remote") or "").rstrip("/")
+        return cls(folder, address or str(folder), manifest, remote or None)
 
     @property
     def info(self) -> dict[str, Any]:

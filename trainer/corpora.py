@@ -77,13 +77,10 @@ def prepare(setup: StageSetup, engine: Engine) -> None:
 
     agreed(said(lambda: _fetch_metadata(setup), cache) if leads else None)
     agreed(said(lambda: _check(setup), cache) if engine.rank == 0 else None)
-    share = (engine.rank, engine.world_size)
-    damaged = engine.gather([problem for corpus in mixture(setup).corpora for problem in corpus.damage(share)])
-    if wrong := [problem for part in damaged for problem in part]:
-        raise UserError(
-            f"the token shards are damaged: {'; '.join(wrong)}.\n"
-            f"Move them away and run the same command again: it makes the run's own, {setup.tokens}, anew."
-        )
+    for corpus in mixture(setup).corpora:
+        damaged = engine.gather(corpus.damage((engine.rank, engine.world_size)))
+        if wrong := [problem for part in damaged for problem in part]:
+            raise UserError(f"the token shards are damaged: {'; '.join(wrong)}.\n{_remedy(setup, corpus)}")
     agreed(said(lambda: _fetch_validation(setup), cache) if leads else None)
 
 
@@ -119,12 +116,17 @@ def _check(setup: StageSetup) -> None:
         problems.append("train.mix names the same tokens twice: name them once, with the sum of the weights.")
     if problems:
         raise UserError("\n".join(problems))
-    wrong = [*index_problems(own, VALIDATION)]
-    wrong += [problem for corpus in (own, *others) for problem in index_problems(corpus, TRAIN)]
-    if wrong:
-        raise UserError(f"an index does not match its shards: {'; '.join(wrong)}.\nMake these tokens anew.")
+    for corpus, splits in ((own, (TRAIN, VALIDATION)), *((other, (TRAIN,)) for other in others)):
+        if wrong := [problem for split in splits for problem in index_problems(corpus, split)]:
+            raise UserError(f"an index does not match its shards: {'; '.join(wrong)}.\n{_remedy(setup, corpus)}")
     if problem := next(_cache_problems(setup), None):
         raise UserError(problem)
+
+
+def _remedy(setup: StageSetup, corpus: TokenCorpus) -> str:
+    if corpus.folder == setup.tokens:
+        return f"Move {setup.tokens} away and run the same command again: it makes them anew."
+    return f"Bring a whole copy of them to {corpus.address}."
 
 
 def _cache_problems(setup: StageSetup) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -131,8 +132,12 @@ def test_a_damaged_shard_is_named(
     key = "tokens/train/shard.00003.mds"
     data = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     s3.put_object(Bucket=BUCKET, Key=key, Body=damage(data))
-    with pytest.raises(UserError, match=rf"^the shard s3://{BUCKET}/{key} is damaged: fetched 2 times") as found:
-        windows(loader([stored[0]], tmp_path / "cache", workers=workers))
+    words = rf"^the shard s3://{BUCKET}/{key} is damaged: fetched 2 times"
+    with (
+        contextlib.closing(loader([stored[0]], tmp_path / "cache", workers=workers)) as broken,
+        pytest.raises(UserError, match=words) as found,
+    ):
+        windows(broken)
     assert "Traceback" not in str(found.value)
 
 
@@ -166,7 +171,7 @@ def test_what_a_killed_job_left_in_the_cache(stored: tuple[TokenCorpus, Path], t
     for name, content in (("shard.00001.mds", b"half"), ("shard.00002.mds.partial", b"half"), ("other", b"x")):
         (folder / name).write_bytes(content)
     assert windows(loader([stored[0]], tmp_path / "cache")) == windows(loader([read(stored[1])], None))
-    assert {path.name for path in folder.iterdir()} <= {"index.json", *(f"shard.{n:05}.mds" for n in range(99))}
+    assert {path.name for path in folder.iterdir()} <= {f"shard.{number:05}.mds" for number in range(99)}
 
 
 def steps_of(corpus: TokenCorpus, cache: Path, results: Path, done: int, workers: int, limit: int) -> None:

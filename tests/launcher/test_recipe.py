@@ -76,8 +76,13 @@ def test_an_override_of_the_defaults_reaches_every_stage_and_yields_to_one_of_a_
 
 def test_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe("quickstart", ["data.audio=music"])
+    (tmp_path / "tokens").mkdir()
+    mix = "stages.fine.train.mix=[{tokens: tokens}, {tokens: s3://bucket/tokens}]"
+    recipe = load_recipe("quickstart", ["data.audio=music", mix, "stages.fine.train.cache=cache"])
     assert recipe.data.audio == str(tmp_path / "music")
+    train = recipe.stages.fine.train
+    assert [other.tokens for other in train.mix] == [str(tmp_path / "tokens"), "s3://bucket/tokens"]
+    assert train.cache == str(tmp_path / "cache")
     recipe = load_recipe("quickstart", ["data.audio=shards-{000..010}.tar"])
     assert recipe.data.audio == str(tmp_path / "shards-{000..010}.tar")
 
@@ -103,6 +108,9 @@ def test_a_folder_without_a_recipe_is_no_run(tmp_path):
     [
         ("data.clipz=3", "data.clipz is not a key of a recipe. Did you mean clips?"),
         ("stages.semantic.train.stepz=3", "stages.semantic.train.stepz is not a key of a recipe. Did you mean steps?"),
+        ("stages.fine.train.filter={year: {mni: 3}}", "stages.fine.train.filter.year.mni is not a key of a recipe."),
+        ("stages.fine.train.filter={year: null}", "filter.year is None: it must be true or false or a whole number"),
+        ("stages.fine.train.cache_limit=lots", "cache_limit 'lots' must be a number of bytes, or one such as 20gb"),
         ("stages.semantics.train.steps=3", "stages.semantics is not a key of a recipe. Did you mean semantic?"),
         ("qqq=3", "qqq is not a key of a recipe. It can be name, description, seed,"),
         ("sampling.cfg.course=2", "sampling.cfg.course is not a key of a recipe"),

@@ -17,8 +17,10 @@ from ranks import run_ranks, start_ranks
 from token_artifacts import held, upload, write_tokens
 from training_runs import change, job, make_run, rows, train_all, weights_digest
 
+from data import shared_names
 from model import artifact
 from model.errors import UserError
+from trainer.batches import open_loader
 from trainer.config import StageConfig, TrainConfig
 from trainer.corpora import mixture, prepare
 from trainer.setup import StageSetup
@@ -35,6 +37,11 @@ class OneRank:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+
+@pytest.fixture(autouse=True)
+def _own_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_names, "_job", None)
 
 
 @pytest.fixture
@@ -88,6 +95,21 @@ def test_a_run_folder_stands_for_its_tokens(own: Path, tmp_path: Path) -> None:
     found = mixture(setup)
     assert [corpus.fingerprint for corpus in found.corpora] == ["own", "other"]
     assert found.phases[0].weights == (2.0, 3.0)
+
+
+def test_a_curriculum_says_what_each_phase_draws_from(own: Path, tmp_path: Path) -> None:
+    other = write_tokens(tmp_path / "other", range(100, 120), fingerprint="other", columns={"genre": ["b"] * 20})
+    phases = [{"steps": 3, "weights": [1, 0]}, {"filter": {"seconds": {"min": 1}}}]
+    setup = setup_of(own, mix=[{"tokens": str(other)}], filter={"genre": "b"}, curriculum=phases)
+    windows = open_loader(setup, "train", 4, 0.0)
+    steps = [batch["acoustic"].shape[0] for batch in windows]
+    assert steps == [4] * 3
+    first, last = mixture(setup).phases
+    assert (first.weights, first.steps) == ((1.0, 0.0), 3)
+    assert (last.weights, last.steps) == ((1.0, 1.0), None)
+    assert len(windows) == (20 + 20) // 4
+    with pytest.raises(UserError, match=r"20 clips are left to train on in phase 1 .* fewer than the 24"):
+        open_loader(setup_of(own, **{**setup.config.train.model_dump(), "global_batch": 24}), "train", 24, 0.0)
 
 
 def test_one_corpus_named_twice(own: Path, tmp_path: Path) -> None:
