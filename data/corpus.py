@@ -62,18 +62,20 @@ def write_clips(folder: Path, clips: Iterable[Clip]) -> None:
     write_jsonl(folder / CLIPS, (asdict(clip) for clip in clips))
 
 
-def load_clip(corpus: Path, clip: Clip, sample_rate: int) -> np.ndarray:
-    """The waveform of a clip: float32 `[round(seconds × sample_rate)]`, mono, in [-1, 1].
+def load_clip(corpus: Path, clip: Clip, sample_rate: int, channels: int = 1) -> np.ndarray:
+    """The waveform of a clip in [-1, 1]: float32 `[round(seconds × sample_rate)]`, mono, or for two channels `[2, …]`
+    with that on both.
 
     Raises UserError when the file no longer holds what it did when the corpus was made.
     """
     path = corpus / clip.path  # joined with an absolute path, that path
     try:
-        return read_mono(path, clip.start, clip.seconds, sample_rate)
+        wave = read_mono(path, clip.start, clip.seconds, sample_rate)
     except AudioError as error:
         raise UserError(
             f"{path} has changed since the corpus was made ({error}). The same command again looks at the audio anew."
         ) from None
+    return wave if channels == 1 else np.stack([wave] * channels)
 
 
 def read_prompts(corpus: Path) -> list[Prompt]:
