@@ -44,7 +44,7 @@ class Reader(Dataset):
         clips, rows, unread = [], [], []
         for clip in self.batches[index]:
             try:
-                rows.append([load_clip(self.corpus, clip, kind[0]) for kind in self.kinds])
+                rows.append([load_clip(self.corpus, clip, *kind) for kind in self.kinds])
                 clips.append(clip)
             except UserError as error:
                 unread.append((clip, str(error)))

@@ -203,6 +203,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     named = [(values["data"], "audio"), (values["data"], "captions")]
     for section in values["encoders"].values():
         named.append((section, "weights"))
+    named += [(step, "weights") for step in values["tokens"]["steps"] if step["kind"] == "vocals"]
     for stage in values["stages"].values():
         named.append((stage["train"], "zero"))
     for section, key in named:

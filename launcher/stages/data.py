@@ -81,6 +81,13 @@ def quantizers(context: Context) -> dict[str, Any]:
     )
 
 
+def tokens_keys(recipe: Recipe) -> dict[str, Any]:
+    from data.steps import steps_digests
+
+    keys = picked("encoders.semantic", HOP, "tokens", without=("tokens.batch_seconds",))(recipe)
+    return {**keys, **steps_digests(recipe.tokens.steps)}
+
+
 def tokens(context: Context) -> dict[str, Any]:
     from data.tokenise import tokenise
 
@@ -118,7 +125,7 @@ STAGES = (
     Stage(
         "tokens",
         TOKENS_NEED,
-        picked("encoders.semantic", HOP, "tokens", without=("tokens.batch_seconds",)),
+        tokens_keys,
         2,
         tokens,
         lambda recipe: recipe.data.ranks,
