@@ -1,17 +1,19 @@
-"""Reading audio files: any rate, any number of channels, by content and not by name, in bounded memory."""
+"""Reading audio: any rate, any number of channels, by content and not by name, in bounded memory."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
+
+from data.config import Downmix
+from data.decoders import AudioError, DamageError, Decoder, decoder
+from data.levels import check_samples
+from data.storage import opened
 
 BLOCK = 1 << 14
 """Frames decoded at a time. Where a damaged file stops decoding, at most this many good ones before it are lost."""
@@ -19,24 +21,14 @@ SHORTEST = 0.9
 """Share of a clip that must be there; the rest is padded with silence."""
 COMPLETE = 0.98
 """A file that gives less than this share of what its header promises is truncated: headers are not exact."""
-LOUDEST = 16.0
-"""Samples beyond this are no waveform in [-1, 1]: a float file holds integers, or garbage."""
-UNKNOWN_FRAMES = 1 << 60
-LOUDNESS_SECONDS = 0.05
-
-
-class AudioError(Exception):
-    """A file, or a part of one, cannot be used. `reason` is the kind of fault, `detail` says it in words."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+MOST_FRAMES = 1 << 60
+TIME_TOLERANCE = 0.1
+"""Seconds by which an `end` may lie beyond the end of its file: times are rounded, and MP3 has padding."""
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """What the header of a file says, whatever can be read of it."""
+    """What a file is, whatever can be read of it."""
 
     format: str
     sample_rate: int
@@ -46,161 +38,173 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file: `wave` is mono float32 at the file's own `rate`, starting at `start` seconds."""
+    """Part of a file: `samples` are float32 `[frames, channels]` at the file's own `rate`, from `start` seconds on."""
 
     start: float
-    wave: np.ndarray
+    samples: np.ndarray
     rate: int
 
     @property
     def seconds(self) -> float:
-        return len(self.wave) / self.rate
+        return len(self.samples) / self.rate
 
 
-def probe(path: Path) -> AudioFile:
-    """Format, rate, channels and length of a file. Raises AudioError ("unreadable" or "empty")."""
+def probe(path: Path | str) -> AudioFile:
+    """Format, rate, channels and length of a file, which is decoded where its header does not say how long it is.
+
+    Raises AudioError ("missing", "unreadable" or "empty").
+    """
     with _open(path) as file:
-        seconds = _promised_frames(file) / file.samplerate
-        return AudioFile(file.format, file.samplerate, file.channels, seconds)
+        frames = file.promised or _decode_to(file, MOST_FRAMES)
+        return AudioFile(file.format, file.sample_rate, file.channels, frames / file.sample_rate)
 
 
-def pieces(path: Path, seconds: float) -> Iterator[Piece]:
-    """A file cut from its start into pieces of `seconds`, of which the last is shorter.
+def pieces(path: Path | str, seconds: float, start: float = 0.0, end: float | None = None) -> Iterator[Piece]:
+    """A file, or its part from `start` to `end` (seconds), cut into pieces of `seconds`, of which the last is shorter.
 
     At the point where a damaged file stops decoding the pieces end, and AudioError ("truncated") is raised after the
-    last of them; also when the file ends well short of what its header promises. Raises AudioError ("unreadable" or
-    "empty") before the first.
+    last of them; also when the file ends well short of what its header promises. Raises AudioError ("missing",
+    "unreadable", "empty", or "wrong times" where it ends before `start`) before the first, and "wrong times" after the
+    last where it ends before `end`.
     """
     with _open(path) as file:
-        rate, number, end, damaged, complete = file.samplerate, 0, 0, False, True
-        while complete:
-            wanted = round((number + 1) * seconds * rate) - end
-            wave, damaged = _read(file, wanted)
-            if len(wave):
-                yield Piece(number * seconds, wave, rate)
-            number, end, complete = number + 1, end + len(wave), len(wave) == wanted
-        promised = _promised_frames(file)
-        if damaged or end < COMPLETE * promised or _lacks_last_page(path, file):
-            whole = f" of {promised / rate:.1f}" if end < COMPLETE * promised else ""
-            raise AudioError("truncated", f"only the first {end / rate:.1f}{whole} s can be read")
-        if not end:
+        rate = file.sample_rate
+        first = _skip_to(file, round(start * rate))
+        last = None if end is None else round(end * rate)
+        at, number, damaged, complete = first, 0, False, True
+        while complete and (last is None or at < last):
+            wanted = first + round((number + 1) * seconds * rate) - at
+            wanted = wanted if last is None else min(wanted, last - at)
+            samples, damaged = _read(file, wanted)
+            if len(samples):
+                yield Piece(start + number * seconds, samples, rate)
+            number, at, complete = number + 1, at + len(samples), len(samples) == wanted
+        if complete and last is not None:
+            return
+        short = at < COMPLETE * file.promised
+        if damaged or short or file.is_cut_off():
+            whole = f" of {file.promised / rate:.1f}" if short else ""
+            raise AudioError("truncated", f"only the first {at / rate:.1f}{whole} s can be read")
+        if not at:
             raise AudioError("empty", "it holds no samples")
+        if last is not None and at < last - TIME_TOLERANCE * rate:
+            raise AudioError("wrong times", f"it ends at {at / rate:.1f} s, before the end asked for, {end:g} s")
 
 
-def check(wave: np.ndarray, rate: int, silence_db: float) -> None:
-    """Raises AudioError when a mono `wave` is "silent" or has "invalid samples" (not finite, or far above full scale).
-
-    It is silent when the loudest 50 ms, without their mean, stay below `silence_db` (dB full scale).
-    """
-    peak = float(np.abs(wave).max(initial=0.0))
-    if not peak <= LOUDEST:  # true for NaN as well
-        raise AudioError("invalid samples", f"its largest sample is {peak:g}, where 1 is full scale")
-    window = min(len(wave), max(1, round(LOUDNESS_SECONDS * rate)))
-    windows = wave[: len(wave) // window * window].reshape(-1, window) if window else np.zeros((1, 1))
-    level = 20 * np.log10(max(float(windows.std(axis=1).max()), 1e-10))
-    if level < silence_db:
-        raise AudioError("silent", f"its loudest moment is at {level:.0f} dB of full scale")
+def downmix(samples: np.ndarray, policy: Downmix) -> np.ndarray:
+    """Mono float32 `[frames]` of `samples` `[frames, channels]`: the mean of the channels, the left or the right one
+    (of a mono file the only one), or the one of most energy."""
+    if policy == "mix":
+        with np.errstate(invalid="ignore", over="ignore"):
+            return samples.mean(axis=1)
+    if policy == "loudest":
+        with np.errstate(invalid="ignore", over="ignore"):
+            return samples[:, int(np.square(samples, dtype=np.float64).sum(axis=0).argmax())]
+    return samples[:, 0 if policy == "left" else min(1, samples.shape[1] - 1)]
 
 
 def resample(wave: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    """`wave` (samples at `rate`) at `sample_rate`, whatever the ratio of the two."""
+    """`wave` (`[samples]` or `[samples, channels]` at `rate`) at `sample_rate`, whatever the ratio of the two."""
     return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
 
 
-def read_mono(path: Path, start: float, seconds: float, sample_rate: int) -> np.ndarray:
-    """`seconds` of a file from `start` on: float32 `[round(seconds × sample_rate)]`, channels averaged, in [-1, 1].
+def read(
+    path: Path | str,
+    start: float,
+    seconds: float,
+    sample_rate: int,
+    channels: int = 1,
+    policy: Downmix = "mix",
+    gain: float = 1.0,
+) -> np.ndarray:
+    """`seconds` of a file from `start` on, times `gain`: float32 in [-1, 1], `[round(seconds × sample_rate)]` for one
+    channel, made by `policy`, and `[2, …]` for two: a mono file twice, the first two channels of one that has more.
 
-    What is missing at the end of the file is silence. Raises AudioError when the file is "unreadable" or "empty", when
-    less than SHORTEST of the stretch can be read ("truncated") or it holds samples that are no audio.
+    What is missing at the end of the file is silence. Raises AudioError when the file is "missing", "unreadable" or
+    "empty", when less than SHORTEST of the stretch can be read ("truncated") or it holds samples that are no audio.
     """
     with _open(path) as file:
-        rate = file.samplerate
+        rate = file.sample_rate
         first, frames = round(start * rate), round(seconds * rate)
-        wave = _read_from(file, first, frames)
-    if len(wave) < SHORTEST * frames:  # seeking stumbles over damage that reading on does not meet
+        samples = _read_from(file, first, frames)
+    if len(samples) < SHORTEST * frames:  # seeking stumbles over damage that reading on does not meet
         with _open(path) as file:
-            wave = _skip_to(file, first, frames)
-    if len(wave) < SHORTEST * frames:
-        raise AudioError("truncated", f"it has {len(wave) / rate:.2f} s from {start:g} s on, {seconds:g} s expected")
-    check(wave, rate, silence_db=-np.inf)
-    wave = resample(wave, rate, sample_rate)
-    out = np.zeros(round(seconds * sample_rate), dtype=np.float32)
-    out[: len(wave)] = wave[: len(out)]
-    return np.clip(out, -1.0, 1.0)
+            samples = _read(file, frames)[0] if _decode_to(file, first) == first else samples[:0]
+    if len(samples) < SHORTEST * frames:
+        raise AudioError("truncated", f"it has {len(samples) / rate:.2f} s from {start:g} s on, {seconds:g} s expected")
+    check_samples(samples)
+    chosen = downmix(samples, policy)[:, None] if channels == 1 else samples[:, [0, min(1, samples.shape[1] - 1)]]
+    wave = resample(np.ascontiguousarray(chosen), rate, sample_rate)
+    out = np.zeros((channels, round(seconds * sample_rate)), dtype=np.float32)
+    out[:, : len(wave)] = gain * wave[: out.shape[1]].T
+    return np.clip(out[0] if channels == 1 else out, -1.0, 1.0)
+
+
+def read_mono(path: Path | str, start: float, seconds: float, sample_rate: int) -> np.ndarray:
+    """`seconds` of a file from `start` on, mono: see `read`."""
+    return read(path, start, seconds, sample_rate)
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Opens by file descriptor: soundfile would take hints from a name."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise AudioError("unreadable", error.strerror or str(error)) from None
-    if not os.fstat(handle).st_size:
-        os.close(handle)
-        raise AudioError("empty", "the file has no bytes")
-    try:
-        file = soundfile.SoundFile(handle, closefd=True)
-    except soundfile.SoundFileError:
-        raise AudioError("unreadable", "not audio that can be read: WAV, FLAC, OGG, Opus, MP3 and AIFF can") from None
-    with file:
-        yield file
+def _open(path: Path | str) -> Iterator[Decoder]:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened(str(path)))
+            content = bool(file.read(1))
+            file.seek(0)
+        except FileNotFoundError as error:
+            raise AudioError("missing", error.strerror or str(error)) from None
+        except OSError as error:
+            raise AudioError("unreadable", error.strerror or str(error)) from None
+        if not content:
+            raise AudioError("empty", "the file has no bytes")
+        yield stack.enter_context(decoder(file))
 
 
-def _read(file: soundfile.SoundFile, frames: int) -> tuple[np.ndarray, bool]:
-    """The next `frames` as mono float32, fewer at the end, and whether decoding failed there."""
-    blocks, left = [np.zeros(0, np.float32)], frames
+def _read(file: Decoder, frames: int) -> tuple[np.ndarray, bool]:
+    """The next `frames`, fewer at the end, and whether decoding failed there."""
+    blocks, left = [np.zeros((0, file.channels), np.float32)], frames
     while left > 0:
         try:
-            block = file.read(min(left, BLOCK), dtype="float32", always_2d=True)
-        except soundfile.SoundFileError:
+            block = file.read(min(left, BLOCK))
+        except DamageError:
             return np.concatenate(blocks), True
         if not len(block):
             break
-        with np.errstate(invalid="ignore", over="ignore"):
-            blocks.append(block.mean(axis=1))
+        blocks.append(block)
         left -= len(block)
     return np.concatenate(blocks), False
 
 
-def _read_from(file: soundfile.SoundFile, first: int, frames: int) -> np.ndarray:
+def _read_from(file: Decoder, first: int, frames: int) -> np.ndarray:
     try:
         file.seek(first)
-    except soundfile.SoundFileError:
-        return np.zeros(0, np.float32)
+    except DamageError:
+        return np.zeros((0, file.channels), np.float32)
     return _read(file, frames)[0]
 
 
-def _skip_to(file: soundfile.SoundFile, first: int, frames: int) -> np.ndarray:
-    """As `_read_from`, by decoding all that comes before."""
-    while first > 0:
-        wave, damaged = _read(file, min(first, BLOCK))
-        if damaged or not len(wave):
-            return np.zeros(0, np.float32)
-        first -= len(wave)
-    return _read(file, frames)[0]
+def _skip_to(file: Decoder, first: int) -> int:
+    """Goes to `first`. Raises AudioError ("wrong times", or "truncated") where the file ends before."""
+    seconds = first / file.sample_rate
+    if first and (not file.promised or first < file.promised):
+        try:
+            file.seek(first)
+        except DamageError:
+            if file.promised:
+                raise AudioError("truncated", f"it cannot be read at {seconds:g} s, where it should start") from None
+            first = -1
+    if first < 0 or (file.promised and first >= file.promised):
+        raise AudioError("wrong times", f"it ends before the start asked for, {seconds:g} s")
+    return first
 
 
-def _promised_frames(file: soundfile.SoundFile) -> int:
-    """Frames the file should have, or 0 where its header does not say."""
-    if file.frames >= UNKNOWN_FRAMES:
-        return 0
-    # For WAV and AIFF libsndfile counts what is there, and notes what the header says.
-    note = re.search(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    if not note:
-        return file.frames
-    promised, found = int(note[1]), int(note[2])
-    # Programs that write to a pipe cannot know the length and leave the largest number, or nearly.
-    known = found < promised < 0x7FFF_0000
-    return round(file.frames * promised / found) if known and found else file.frames
-
-
-def _lacks_last_page(path: Path, file: soundfile.SoundFile) -> bool:
-    """Whether an Ogg file ends before the page that is marked as its last."""
-    if file.format != "OGG":
-        return False
-    with path.open("rb") as raw:
-        raw.seek(max(0, path.stat().st_size - 0x20000))
-        tail = raw.read()
-    page = tail.rfind(b"OggS")
-    return page < 0 or len(tail) < page + 6 or not tail[page + 5] & 4
+def _decode_to(file: Decoder, first: int) -> int:
+    """Reads up to `first`, which seeking did not reach, and returns where that got."""
+    at = 0
+    while at < first:
+        samples, damaged = _read(file, min(first - at, BLOCK))
+        at += len(samples)
+        if damaged or not len(samples):
+            break
+    return at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -11,12 +12,18 @@ from data.steps.config import StepConfig
 from model.config import Config
 from model.fields import TokenField, common_period
 
+Downmix = Literal["mix", "left", "right", "loudest"]
+
 
 class DataConfig(Config):
     """Where the audio comes from."""
 
     audio: str | None = None
-    """Folder of audio files, searched with its subfolders; the built-in corpus when not given."""
+    """Folder of audio files, searched with its subfolders; a manifest (JSONL, CSV or TSV); a folder of MDS; WebDataset
+    tars (a file, a folder of them, or a pattern with braces). Each may be an s3:// or gs:// address. The built-in
+    corpus when not given."""
+    format: Literal["auto", "folder", "manifest", "mds", "webdataset"] = "auto"
+    """Which of these it is, where what is found does not say."""
     captions: str | None = None
     """File of captions, JSON lines or CSV, each row with a file name and its caption (keys file, path, audio or
     file_name; caption, captions or text). Not needed for captions.jsonl or a CSV at the top of the audio folder, nor
@@ -33,9 +40,26 @@ class DataConfig(Config):
     sample_rate: PositiveInt = 16_000
     """Rate of the built-in corpus."""
     validation: float = Field(0.05, gt=0, lt=1)
-    """Share of the clips kept for validation: all clips of some source files, or the end of the only one."""
+    """Share kept for validation: of the groups of data.split_by for a user's own audio, else of the clips."""
+    test: float = Field(0.0, ge=0, lt=1)
+    """Share of the groups kept for the evaluation at the end alone."""
+    split_by: str | None = None
+    """Column of a manifest, such as artist: all that has one value of it goes to one split. Without it, all clips of
+    one source file do. A column `split` wins over both."""
     silence_db: float = Field(-60.0, le=0)
     """Clips whose loudest 50 ms stay below this level (dB full scale) are skipped as silent."""
+    most_clipped: float | None = Field(0.05, ge=0, lt=1)
+    """Clips with more than this share of samples at full scale are skipped as clipped; null takes all. Loud masters
+    have well below 1 %."""
+    duplicates: Literal["skip", "keep"] = "skip"
+    """What to do with a clip whose decoded samples an earlier one has, in whichever container."""
+    channels: Downmix = "mix"
+    """How mono is made of several channels: their mean (mix), the left one, the right one, or the loudest of each
+    clip. An encoder that takes two channels gets the first two as they are."""
+    loudness: float | None = Field(None, ge=-70, le=0)
+    """Loudness that every clip is brought to (LUFS, ITU-R BS.1770), as far as no sample clips; null leaves it."""
+    tag_captions: NonNegativeInt = 3
+    """Captions made from the tags of audio that has none: so many of each; 0 makes none."""
     ranks: PositiveInt = 1
     """Processes (one GPU each where there are GPUs) that fit the quantizers and make the tokens together."""
     workers: NonNegativeInt = 2

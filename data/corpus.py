@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.audio import AudioError, read_mono
+from data.audio import AudioError, read
+from data.config import Downmix
+from data.storage import STRETCH, is_remote
 from model.errors import UserError
 
 CLIPS = "clips.jsonl"
@@ -18,15 +20,18 @@ PROMPTS = "prompts.jsonl"
 SKIPPED = "skipped.jsonl"
 TRAIN = "train"
 VALIDATION = "validation"
+TEST = "test"
 HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """`seconds` of audio of one file, from `start` (seconds) on.
+    """`seconds` of audio, from `start` (seconds) on.
 
-    `path` is relative to the corpus folder, or absolute for a user's own file. `attributes` are what the music is known
-    to be (built-in corpus), or None.
+    `path` is all that is needed to find it: relative to the corpus folder for the built-in corpus, or what data.storage
+    opens, which may be a stretch of a file, here or in a bucket. `attributes` are what the music is known to be
+    (built-in corpus), or None; `columns` what a manifest says of it. `gain` is the linear factor that brings it to the
+    loudness asked for, `channels` how its mono is made.
     """
 
     id: str
@@ -36,6 +41,13 @@ class Clip:
     captions: tuple[str, ...]
     split: str
     attributes: dict[str, str] | None = None
+    columns: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    gain: float = 1.0
+    channels: Downmix = "mix"
+
+
+class ClipError(UserError):
+    """The audio of one clip is no longer what it was when the corpus was made."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +75,19 @@ def write_clips(folder: Path, clips: Iterable[Clip]) -> None:
 
 
 def load_clip(corpus: Path, clip: Clip, sample_rate: int, channels: int = 1) -> np.ndarray:
-    """The waveform of a clip in [-1, 1]: float32 `[round(seconds × sample_rate)]`, mono, or for two channels `[2, …]`
-    with that on both.
+    """The waveform of a clip in [-1, 1]: float32 `[round(seconds × sample_rate)]`, mono, or `[2, …]` for two
+    `channels`.
 
-    Raises UserError when the file no longer holds what it did when the corpus was made.
+    Safe to call from several threads. Raises ClipError when the audio is no longer what it was when the corpus was
+    made, and UserError when its bucket is out of reach.
     """
-    path = corpus / clip.path  # joined with an absolute path, that path
+    path = clip.path if STRETCH.fullmatch(clip.path) or is_remote(clip.path) else str(corpus / clip.path)
     try:
-        wave = read_mono(path, clip.start, clip.seconds, sample_rate)
+        return read(path, clip.start, clip.seconds, sample_rate, channels, clip.channels, clip.gain)
     except AudioError as error:
-        raise UserError(
+        raise ClipError(
             f"{path} has changed since the corpus was made ({error}). The same command again looks at the audio anew."
         ) from None
-    return wave if channels == 1 else np.stack([wave] * channels)
 
 
 def read_prompts(corpus: Path) -> list[Prompt]:

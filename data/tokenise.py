@@ -28,6 +28,7 @@ from data.tokeniser import Tokeniser
 from data.waves import Reader, Waves, read_ahead
 from model import artifact
 from model.config import EncodersConfig
+from model.encoders.check import check_encoders
 from model.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def tokenise(
     """
     ranks = ranks or Ranks()
     tokeniser = Tokeniser(codec, embedding, quantizers, encoders, load_steps(config.steps))
+    if encoders.check and ranks.leads:
+        check_encoders(tokeniser.codec, tokeniser.semantic, tokeniser.joint)
     longest = read_clips(corpus, TRAIN)[0].seconds
     rows = [
         tokeniser.aligned(clip, longest)
@@ -209,7 +212,7 @@ class _Job:
                 f"{unread[0].reason}\nIs the disk or the bucket of data.audio still there? The same command goes on."
             )
         records = [record for _, rows in encoded for record in rows]
-        rows = [{"seconds": clip.seconds, **getattr(clip, "columns", {})} for clip in clips]
+        rows = [{"seconds": clip.seconds, **clip.columns} for clip in clips]
         self.writers[part.split].write(part.number, records, rows, [asdict(one) for one in unread])
 
     def _done(self) -> set[tuple[str, int]]:

@@ -63,7 +63,11 @@ class Tokeniser:
     @property
     def encoder_kinds(self) -> list[Kind]:
         """What the codec, the semantic encoder and the joint embedder hear."""
-        return [(self.codec.sample_rate, 1), (self.semantic.sample_rate, 1), (self.joint.sample_rate, 1)]
+        return [
+            (self.codec.sample_rate, self.codec.channels),
+            (self.semantic.sample_rate, 1),
+            (self.joint.sample_rate, 1),
+        ]
 
     @property
     def fields(self) -> list[TokenField]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.corpus import Clip, load_clip
+from data.corpus import Clip, ClipError, load_clip
 from data.processes import die_with_parent
-from model.errors import UserError
 
 AHEAD = 2
 """Batches that each process reads ahead."""
@@ -46,7 +45,7 @@ class Reader(Dataset):
             try:
                 rows.append([load_clip(self.corpus, clip, *kind) for kind in self.kinds])
                 clips.append(clip)
-            except UserError as error:
+            except ClipError as error:
                 unread.append((clip, str(error)))
         waves = {
             kind: torch.from_numpy(np.stack([row[number] for row in rows])) for number, kind in enumerate(self.kinds)

@@ -163,6 +163,27 @@ def corpus(
 
 
 @app.command()
+def collect(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="A .jsonl, .csv or .tsv with a column `url`; others are kept.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or one to go on with.")],
+    per_second: Annotated[float, typer.Option(help="Requests a second to one host.", min=0.001)] = 1.0,
+    connections: Annotated[int, typer.Option(help="At a time over all hosts; 2 to one host.", min=1, max=64)] = 4,
+    largest: Annotated[str, typer.Option(metavar="SIZE", help="Files above it are not fetched.")] = "2GB",
+) -> None:
+    """Fetch the audio that a manifest of addresses names. The same command goes on where it was stopped.
+
+    Then train on it with data.audio=DIR/manifest.jsonl. Exit code 1 says that some could not be fetched:
+    DIR/failed.jsonl lists them, and the same command tries them again.
+    """
+    from launcher.collecting import collect_files
+
+    if not collect_files(manifest, output, per_second, connections, largest, Console(stderr=True)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def fit(
     what: Annotated[str, typer.Argument(metavar="codec|embedding|quantizers")],
     run: RunOption,

@@ -17,6 +17,7 @@ from launcher.units import duration, short
 
 LINE_SECONDS = 30
 """Between two lines about one stage where there is no terminal."""
+DRAW_SECONDS = 0.1
 
 
 class Pace:
@@ -39,14 +40,7 @@ class Display:
     def __init__(self, console: Console, folder: Path) -> None:
         self.console = console
         self._folder = folder
-        self._bars = Progress(
-            TextColumn("[bold]{task.description:<11}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[text]}"),
-            console=console,
-            auto_refresh=False,
-            transient=True,
-        )
+        self._bars = _bars(console)
         self._tasks: dict[str, TaskID] = {}
         self._pace: dict[str, Pace] = {}
         self._lines: dict[str, float] = {}
@@ -94,23 +88,54 @@ class Display:
 
 
 class ConsoleProgress(data.progress.Progress):
-    """Progress of work in this process, on one line of the terminal."""
+    """Progress of work in this process: a bar, or now and then a line where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
-        self._status = console.status("starting")
+        self._console = console
+        self._bars = _bars(console)
+        self._task = self._bars.add_task("starting", total=None, text="")
+        self._pace = Pace()
+        self._drawn = 0.0 if console.is_terminal else time.monotonic()
 
     def __enter__(self) -> ConsoleProgress:
-        self._status.start()
+        if self._console.is_terminal:
+            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._status.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def update(self, done: int, total: int, message: str = "", **figures: float) -> None:
-        self._status.update(
-            escape(describe({"done": done, "total": total, "message": message, "figures": figures}, None))
-        )
+        now = time.monotonic()
+        row = {"done": done, "total": total, "message": "", "figures": figures, "time": now}
+        text = describe(row, self._pace.left(row))
+        if now - self._drawn < (DRAW_SECONDS if self._console.is_terminal else LINE_SECONDS):
+            return
+        self._drawn = now
+        if self._console.is_terminal:
+            self._bars.update(
+                self._task,
+                completed=done,
+                total=total,
+                description=escape(message),
+                text=escape(text),
+                refresh=True,
+            )
+        else:
+            self._console.print(f"{message}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description:<11}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    )
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def collect(run: Path) -> dict[str, Any]:
     Raises UserError where `run` is not a run folder.
     """
     status = read_status(run)
-    corpus, tokens, samples = (_info(run / name) for name in ("corpus", "tokens", "samples"))
+    corpus, quantizers, tokens, samples = (_info(run / name) for name in ("corpus", "quantizers", "tokens", "samples"))
     recipe = read_recipe_values(run)
     adherence = (samples or {}).get("adherence")
     return {
@@ -61,6 +61,7 @@ def collect(run: Path) -> dict[str, Any]:
         "adherence": adherence,
         "share_of_ceiling": share_of_ceiling(adherence) if adherence else None,
         "stages": {name: figures for name in TRAINED if (figures := stage_figures(run, name, tokens))},
+        "quantizers": quantizer_figures(quantizers or {}),
         "seconds": {stage.name: stage.seconds for stage in status.stages if stage.seconds},
         "corpus": corpus,
         "skipped": _rows(run / "corpus" / SKIPPED),
@@ -136,6 +137,16 @@ def stage_figures(run: Path, name: str, tokens: dict[str, Any] | None) -> dict[s
             for field in last.get("shuffled", {})
         },
     }
+
+
+def quantizer_figures(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each quantizer, kind of vector and split it was measured on; what it did is listed level by level."""
+    return [
+        {"quantizer": name, "kind": kind, "split": split, "codebook_size": quantizer["codebook_size"], **measured}
+        for name, quantizer in info.items()
+        for kind, splits in quantizer.get("measured", {}).items()
+        for split, measured in splits.items()
+    ]
 
 
 def _median(rows: list[dict[str, Any]], name: str) -> float | None:

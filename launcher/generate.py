@@ -82,7 +82,7 @@ def generate_files(bundle: Path, request: Request, output: Path, console: Consol
     words = [text for text in request.prompts or [f"like {request.like}"] for _ in range(request.options.samples)]
     for number, (text, wave) in enumerate(zip(words, samples.waveform.cpu().numpy(), strict=True), start=1):
         file = output if len(words) == 1 else output.with_name(f"{output.stem}-{number}{output.suffix}")
-        soundfile.write(file, wave, samples.sample_rate, subtype="PCM_16")
+        soundfile.write(file, wave.T, samples.sample_rate, subtype="PCM_16")
         yield file, text
 
 

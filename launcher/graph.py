@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher import stages
-from launcher.recipe import Recipe
+from launcher.recipe import Recipe, read_run_recipe
 from launcher.run_folder import read_state
-from launcher.stage import Stage
+from launcher.stage import Stage, flatten
 from model import artifact
 from model.errors import UserError, nearest
 
+FITTED = ("codec", "embedding", "quantizers")
+"""What one run can take over from another."""
 STAGE_FILE = "stage.json"
 """Beside the checkpoints of a trained stage: the fingerprint they belong to."""
 
@@ -29,10 +31,12 @@ class Origin:
     """Values of the recipe, by dotted name."""
     inputs: dict[str, str]
     """The artifacts it reads, with their fingerprints."""
+    taken_over: str | None = None
+    """The fingerprint of another run's artifact that this one is a copy of."""
 
     @property
     def fingerprint(self) -> str:
-        return artifact.fingerprint(self.name, self.version, self.keys, self.inputs)
+        return self.taken_over or artifact.fingerprint(self.name, self.version, self.keys, self.inputs)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,13 +67,31 @@ def stage_named(name: str) -> Stage:
 def origins(recipe: Recipe) -> dict[str, Origin]:
     """What every stage's artifact would be made of, in order. Nothing on disk is read but the user's own files.
 
-    Raises UserError where these, or the weights of a pretrained encoder, cannot be found.
+    Raises UserError where these, the weights of a pretrained encoder or the run of `fitted_from` cannot be found.
     """
     found: dict[str, Origin] = {}
     for stage in stages.STAGES:
+        if recipe.fitted_from is not None and stage.name in FITTED:
+            found[stage.name] = _taken_over(stage, Path(recipe.fitted_from), recipe)
+            continue
         inputs = {need: found[need].fingerprint for need in stage.needs}
         found[stage.name] = Origin(stage.name, stage.version, stage.keys(recipe), inputs)
     return found
+
+
+def _taken_over(stage: Stage, run: Path, recipe: Recipe) -> Origin:
+    """The origin of a stage whose artifact is copied from `run`. Raises UserError where that does not fit `recipe`."""
+    other = read_run_recipe(run)
+    for section in ("encoders", "quantizers"):
+        mine, theirs = (flatten(getattr(which, section).model_dump(mode="json")) for which in (recipe, other))
+        for key in (key for key in mine if mine[key] != theirs.get(key)):
+            raise UserError(
+                f"fitted_from: {section}.{key} is {mine[key]!r} here and {theirs.get(key)!r} in {run}: they must agree."
+            )
+    made, wrong = problems(run / stage.name, stage)
+    if made is None or wrong:
+        raise UserError(f"fitted_from: {wrong[0]}. `stretto run` finishes that run.")
+    return Origin(stage.name, stage.version, {"fitted_from": str(run)}, {}, made)
 
 
 def state_of(run: Path, recipe: Recipe, found: dict[str, Origin] | None = None) -> dict[str, StageState]:

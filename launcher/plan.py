@@ -22,7 +22,7 @@ from trainer.hardware import Gpu
 
 USABLE = 0.9
 """Share of a GPU's memory that training may take: the rest is for CUDA, NCCL and gaps between tensors."""
-SEMANTIC_DIMS = {"mel_chroma": 92, "mert": 768}
+SEMANTIC_DIMS = {"mel_chroma": 92, "mert": 768, "hubert": 768}
 """Width of the semantic features by kind, of which the centroids of a summed condition have the same."""
 DAY = 86_400
 

@@ -24,7 +24,7 @@ CPU_RATE = 0.1e12
 """FLOP/s assumed of a CPU rank with one core of a current server, in bf16."""
 LARGEST_CPU_TIME = 30 * 86_400
 """Seconds above which nobody would train on CPUs, and the plan does not speak of it."""
-PRETRAINED = ("encodec", "mert", "clap")
+PRETRAINED = ("encodec", "mert", "hubert", "clap")
 
 
 def print_plan(recipe: Recipe, cluster: Cluster, console: Console) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
+from data.cloud import is_remote
 from data.config import DataConfig, TokensConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
@@ -48,6 +49,9 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     parallel: PositiveInt = 1
     """Stages that may run on this machine at the same time."""
+    fitted_from: str | None = None
+    """Another run, whose codec, embedding and quantizers are taken over in place of fitting them here: the tokens of
+    both then mean the same and can be mixed (train.mix)."""
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
     quantizers: QuantizersConfig = QuantizersConfig()
@@ -200,14 +204,14 @@ def _set(values: Any, path: tuple[str, ...], value: Any) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Stages run in other folders: what names a file here must name it there."""
     values = recipe.model_dump(mode="json")
-    named = [(values["data"], "audio"), (values["data"], "captions")]
-    for section in values["encoders"].values():
-        named.append((section, "weights"))
+    always = [(values["data"], "audio"), (values["data"], "captions"), (values, "fitted_from")]
+    named = [(values["encoders"][name], "weights") for name in ("codec", "semantic", "joint")]
+    named += [(values["encoders"]["joint"], "tokenizer")]
     named += [(step, "weights") for step in values["tokens"]["steps"] if step["kind"] == "vocals"]
-    for stage in values["stages"].values():
-        named.append((stage["train"], "zero"))
-    for section, key in named:
-        # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
-        if section[key] is not None and (section is values["data"] or Path(section[key]).expanduser().exists()):
+    named += [(stage["train"], "zero") for stage in values["stages"].values()]
+    # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
+    named = [(section, key) for section, key in named if section[key] and Path(section[key]).expanduser().exists()]
+    for section, key in [*always, *named]:
+        if section[key] is not None and not is_remote(section[key]):
             section[key] = str(Path(section[key]).expanduser().absolute())
     return Recipe.model_validate(values)

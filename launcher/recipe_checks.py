@@ -36,6 +36,12 @@ def _data(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if data.captions is not None and data.audio is None:
         yield "data.captions is set but data.audio is not: set data.audio to the folder they describe."
+    if data.captions is not None and data.format not in ("auto", "folder"):
+        yield f"data.captions goes with a folder of files, not with data.format={data.format}: leave it out."
+    if data.validation + data.test >= 1:
+        yield f"data.validation {data.validation:g} and data.test {data.test:g} leave nothing to train on: lower them."
+    if data.split_by is not None and data.audio is None:
+        yield "data.split_by is set but data.audio is not: the built-in corpus has no columns."
     if data.shortest_seconds is None:
         return
     if data.audio is None:

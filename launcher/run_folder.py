@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 
+from data.lock import LOCK, locked
 from launcher.guard import others_in_group
 from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
 from launcher.units import size
 from model import artifact
 from model.errors import UserError
-from trainer.lock import LOCK, locked
 
 STATE = "state.json"
 PREVIOUS = "previous"

@@ -47,6 +47,8 @@ class Stage:
     """How many processes a body may take; one when not given."""
     resumed: bool = False
     """Whether the body goes on with what an interrupted one left in the folder."""
+    sealed: Callable[[Context], None] = lambda context: None
+    """What is done to a stage that is resumed when all of its folder is written."""
 
     @property
     def trained(self) -> bool:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.processes import die_with_parent, plain_errors
 from data.progress import Progress
@@ -55,6 +57,10 @@ def build(
     Raises UserError where an input is missing or is not what the artifact is to be made from.
     """
     recipe, stage = read_run_recipe(run), stage_named(origin.name)
+    if origin.taken_over is not None:
+        if ranks is None or ranks.leads:
+            take_over(Path(origin.keys["fitted_from"]) / stage.name, origin, path)
+        return
     body = body or stage.body
     if body is None:
         raise UserError(f"stage {stage.name!r} is trained: start it with `stretto train {stage.name} --run {run}`.")
@@ -63,11 +69,33 @@ def build(
         return
     for need, expected in origin.inputs.items():
         check_input(run, stage.name, need, expected)
-    make = artifact.resume if stage.resumed else artifact.create
-    with make(path, stage.makes, origin.fingerprint, origin.inputs) as (folder, info, *files):
+
+    def sealed(folder: Path) -> None:
+        stage.sealed(Context(run, recipe, folder, progress))
+
+    made = (path, stage.makes, origin.fingerprint, origin.inputs)
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        if stage.resumed:
+            folder, info, files = stack.enter_context(artifact.resume(*made, sealed))
+        else:
+            folder, info = stack.enter_context(artifact.create(*made))
         if ranks is not None:
             ranks.broadcast(str(folder))
-        info.update(body(Context(run, recipe, folder, progress, ranks, *files)))
+        info.update(body(Context(run, recipe, folder, progress, ranks, files)))
+
+
+def take_over(source: Path, origin: Origin, path: Path) -> None:
+    """Copies another run's artifact, whose fingerprint stays. Raises UserError where it is no longer the same."""
+    found = artifact.read(source)
+    wrong = artifact.problems(found) or ["it was made anew"] * (found.fingerprint != origin.fingerprint)
+    if wrong:
+        raise UserError(f"fitted_from: {source} cannot be taken over: {wrong[0]}.")
+    with artifact.create(path, found.kind, found.fingerprint, found.manifest["inputs"]) as (folder, info):
+        for name in found.manifest["files"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, folder / name)
+        info.update(found.info)
 
 
 def check_input(run: Path, stage: str, need: str, expected: str) -> None:

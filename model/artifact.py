@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,17 @@ def began(path: Path, fingerprint: str) -> bool:
 
 @contextlib.contextmanager
 def resume(
-    path: Path, kind: str, fingerprint: str, inputs: dict[str, str] | None = None
+    path: Path,
+    kind: str,
+    fingerprint: str,
+    inputs: dict[str, str] | None = None,
+    sealed: Callable[[Path], None] = lambda folder: None,
 ) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """As `create`, in a folder that stays as it is when the work is interrupted and is there again the next time.
 
     What was begun with another fingerprint is removed. Notes for the next attempt belong into its folder WORK, which is
     cleared away at the end. Also yields a mapping for what `describe_files` would say of files that are digested and
-    synced already.
+    synced already. `sealed` is called with the folder when its manifest is written, just before it gets its name.
     """
     folder = unfinished(path)
     if not began(path, fingerprint):
@@ -148,6 +152,7 @@ def resume(
     for name in rest:
         sync(folder / name)
     seal(folder, kind, fingerprint, inputs or {}, info, dict(sorted((files | rest).items())))
+    sealed(folder)
     replace_folder(folder, path)
     shutil.rmtree(path / WORK)  # last, so that until then a kill loses nothing
 

@@ -35,7 +35,7 @@ PerStage = Mapping[StageName, Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated music: `waveform` is float32 `[clips, samples]` in [-1, 1]."""
+    """Generated music: `waveform` is float32 `[clips, samples]` in [-1, 1], of a stereo codec `[clips, 2, samples]`."""
 
     waveform: Tensor
     sample_rate: int

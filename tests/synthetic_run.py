@@ -31,6 +31,18 @@ ADHERENCE = {
     "ceiling": {"instrument": 0.98, "register": 1.0, "tempo": 0.96, "drums": 1.0, "mean": 0.985},
     "real": {"instrument": 1.0, "register": 1.0, "tempo": 0.98, "drums": 1.0, "mean": 0.995},
 }
+QUANTIZERS = {
+    "conditioning": {
+        "codebook_size": 8,
+        "measured": {
+            "audio": {
+                "train": {"vectors": 1256, "variance_left": [0.62, 0.2], "usage": [1, 0.5], "perplexity": [7, 4]},
+                "validation": {"vectors": 100, "variance_left": [0.64, 0.3], "usage": [1, 0.5], "perplexity": [7, 4]},
+            },
+        },
+    },
+    "semantic": {"codebook_size": 256, "measured": {}},
+}
 SKIPPED = [
     {"file": "take <2>.wav", "reason": "silent", "detail": "its loudest 50 ms stay below -60 dB", "clips": 0},
     {"file": "notes.mp3", "reason": "unreadable", "detail": "not an audio file", "clips": 0},
@@ -52,6 +64,8 @@ def make_run(
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
     fields = {name: field.to_json() for name, field in token_fields(recipe.encoders, recipe.quantizers).items()}
     _corpus(run, captions, attributes)
+    with artifact.create(run / "quantizers", "quantizers", "4" * 16) as (_, info):
+        info.update(QUANTIZERS)
     with artifact.create(run / "tokens", "tokens", "5" * 16) as (folder, info):
         for split in ("train", "validation"):
             make_shards(folder / split, fields)

@@ -34,7 +34,7 @@ SECONDS = 2.0
 class Embedder:
     """A stand-in at a rate of its own: the loudness and the share of positive samples; of a text, its letters."""
 
-    sample_rate, dim = 8000, 2
+    sample_rate, dim, fitted = 8000, 2, True
 
     def embed_audio(self, wave: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.stack([wave.square().mean(1), (wave > 0).float().mean(1)], 1))

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.lock import locked
 from data.processes import die_with_parent, fail, plain_errors
 from model.errors import UserError
 from trainer import stopping
 from trainer.exit_codes import DIVERGED, FAULT, SAVED
-from trainer.lock import locked
 
 if TYPE_CHECKING:
     from trainer.setup import StageSetup

@@ -17,10 +17,21 @@ import soundfile
 import torch
 import yaml
 
-from data.corpus import HELD_OUT, TRAIN, VALIDATION, Clip, Prompt, load_clip, read_clips, read_prompts, write_jsonl
+from data.corpus import (
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Clip,
+    Prompt,
+    load_clip,
+    read_clips,
+    read_prompts,
+    write_jsonl,
+)
 from data.progress import Progress
 from model import artifact
-from model.encoders.base import Codec
+from model.encoders.base import Codec, with_channels
 from model.pipeline import MusicPipeline
 from trainer.judge import JUDGED, Judge
 
@@ -42,11 +53,11 @@ def make_samples(run: Path, folder: Path, progress: Progress) -> dict[str, Any]:
     corpus = artifact.read(run / "corpus", "corpus").path
     pipeline = MusicPipeline.load(run / "bundle")
     rate = pipeline.codec.sample_rate
-    real = read_clips(corpus, HELD_OUT) or read_clips(corpus, VALIDATION)
+    real = read_clips(corpus, HELD_OUT) or read_clips(corpus, TEST) or read_clips(corpus, VALIDATION)
     prompts, waves = _generate(pipeline, corpus, real, count, seconds, recipe["seed"], progress)
     judge = _calibrate(pipeline.codec, corpus, recipe["seed"]) if real[0].attributes else None
 
-    judged = [judge.judge(wave) if judge else None for wave in waves]
+    judged = [judge.judge(_mono(wave)) if judge else None for wave in waves]
     _write_waves(folder / "wav", [f"{number:02d}" for number in range(len(waves))], waves, rate)
     write_jsonl(
         folder / "samples.jsonl",
@@ -92,8 +103,14 @@ def _load(corpus: Path, clips: Sequence[Clip], rate: int) -> torch.Tensor:
 
 
 def _through(codec: Codec, waves: np.ndarray) -> np.ndarray:
-    """`waves [clips, samples]` encoded and decoded again."""
-    return codec.decode(codec.encode(torch.from_numpy(waves))).clamp(-1, 1).numpy()
+    """`waves [clips, samples]` encoded and decoded again, mixed to mono."""
+    coded = codec.decode(codec.encode(with_channels(torch.from_numpy(waves), codec.channels)))
+    return with_channels(coded.clamp(-1, 1), 1).numpy()
+
+
+def _mono(wave: np.ndarray) -> np.ndarray:
+    """`[samples]` of `[samples]` or `[2, samples]`."""
+    return np.atleast_2d(wave).mean(0)
 
 
 def _clean_and_coded(
@@ -155,7 +172,7 @@ def _shares(found: Sequence[Attributes], wanted: Sequence[Attributes]) -> dict[s
 def _write_waves(folder: Path, names: Sequence[str], waves: Sequence[np.ndarray], rate: int) -> None:
     folder.mkdir()
     for name, wave in zip(names, waves, strict=True):
-        soundfile.write(folder / f"{name}.wav", wave, rate, subtype="PCM_16")
+        soundfile.write(folder / f"{name}.wav", wave.T, rate, subtype="PCM_16")
 
 
 def _write_real(corpus: Path, clips: Sequence[Clip], rate: int, folder: Path) -> None:

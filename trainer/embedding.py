@@ -17,7 +17,7 @@ from data.progress import Progress
 from model.config import JointEmbedderConfig
 from model.encoders import JOINT_EMBEDDERS, encoder_class
 from model.encoders.towers import BANDS, MEL_HZ, TwoTowers, fit_tokenizer
-from trainer.fitting import read_waves, some
+from trainer.encodings import read_waves, some
 
 FEATURE_BYTES = 512 << 20
 """Most memory the spectra of the training clips may take; of a larger corpus a sample of clips is used."""

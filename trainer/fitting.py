@@ -1,14 +1,14 @@
 """Fits what is fitted rather than trained: the built-in codec's codebooks and the quantizers of the conditions.
 
-Audio is read in batches and only a bounded sample of vectors is kept, whatever the size of the corpus.
+Audio is read in batches; the vectors made of it lie on the disk while they are fitted to, so that memory does not grow
+with the corpus.
 """
 
 from __future__ import annotations
 
-import random
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.corpus import TRAIN, Clip, load_clip, read_clips
+from data.corpus import TRAIN, VALIDATION, read_clips
 from data.progress import Progress
+from data.ranks import Ranks
+from data.vector_file import VectorFile, check_room
+from model.artifact import write_json
 from model.config import CodecConfig, EncodersConfig, KMeansConfig, QuantizersConfig
-from model.encoders import CODECS, encoder_class, load_joint_embedder, load_semantic_encoder
-from model.encoders.base import embed_windows
+from model.encoders import CODECS, encoder_class
 from model.encoders.mel import MelCodec
 from model.fields import CONDITIONING, SEMANTIC
 from model.kmeans import ResidualKMeans
+from trainer.encodings import Encoding, JointEmbeddings, SemanticFeatures, read_waves, some
+from trainer.quantizer_report import measure
 
-BATCH_SECONDS = 80.0
-"""Audio held and encoded at a time."""
-READERS = 2
-BATCHES_AHEAD = 2
 CODEC_ITERATIONS = 12
 CODEC_VECTORS = 50_000
 OVERSAMPLING = 2
 """Clips are read until there are this many times the vectors wanted, so that each gives a part of its vectors only."""
+Batch = tuple[int, int, Tensor]
+"""Places of the first clip and of that after the last, and the vectors `[n, dim]` of the clips between."""
+REPORT_CLIPS = 256
+"""Clips of each split that a fitted quantizer is measured on."""
+READING, FITTING = 0.5, 0.4
+"""Shares of the work on one quantizer, for the progress bar; the rest is measuring."""
 
 
 def fit_codec(corpus: Path, config: CodecConfig, seed: int, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -49,20 +55,21 @@ def fit_codec(corpus: Path, config: CodecConfig, seed: int, folder: Path, progre
     codec = MelCodec(config)
     clips = some(read_clips(corpus, TRAIN), config.fit_clips, seed)
 
-    def vectors() -> Iterator[Tensor]:
-        # A corpus may hold no silence, yet generated music may: it gets a code of its own.
-        yield codec.silence.expand(len(clips), -1)
+    def batches() -> Iterator[Batch]:
         for done, waves in read_waves(corpus, clips, codec.sample_rate):
-            yield codec.vectors(waves).flatten(0, 1)
-            progress.update(done, 2 * len(clips), "reading")
+            yield done - len(waves), done, codec.vectors(waves).flatten(0, 1)
+            progress.update(done, 2 * len(clips), "reading for the codec")
 
-    left = codec.quantizer.fit(
-        vectors(),
-        iterations=CODEC_ITERATIONS,
-        max_vectors=CODEC_VECTORS,
-        seed=seed,
-        report=lambda done, total: progress.update(total + done, 2 * total, "fitting the codec"),
-    )
+    limit = CODEC_VECTORS if sum(int(clip.seconds * config.frame_rate) for clip in clips) > CODEC_VECTORS else None
+    with _spilled(batches(), len(clips), codec.dim, limit, seed, folder) as vectors:
+        # A corpus may hold no silence, yet generated music may: it gets a code of its own.
+        vectors.append(codec.silence.expand(len(clips), -1))
+        left = codec.quantizer.fit(
+            vectors,
+            iterations=CODEC_ITERATIONS,
+            seed=seed,
+            report=lambda share: progress.update(round(1000 * (1 + share)), 2000, "fitting the codec"),
+        )
     codec.save(folder)
     return {"kind": config.kind, "field": codec.field.to_json(), "variance_left": left, "clips": len(clips)}
 
@@ -75,115 +82,100 @@ def fit_quantizers(
     seed: int,
     folder: Path,
     progress: Progress,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Fits the residual k-means of the joint embeddings (of audio and captions) and of the semantic features.
 
-    Writes `folder`/quantizers.safetensors with the centroids "conditioning" and "semantic" (`[levels, codebook_size,
-    dim]`) and returns for each its shape and the share of the variance left after each level. `embedding` is the
-    artifact of the joint embedder. Raises UserError for audio that has changed since the corpus was made.
+    All of `ranks` work together: each encodes its share of the clips and keeps what it made on the disk of `folder`
+    while the fit lasts. The first one writes `folder`/quantizers.safetensors with the centroids "conditioning" and
+    "semantic" (`[levels, codebook_size, dim]`), and `folder`/report.json with how well they do on clips of training and
+    of validation. Returns for each quantizer, on every rank, its shape, how many vectors it was fitted to, the share of
+    their variance left after each level, and what the report says. `embedding` is the artifact of the joint embedder.
+    Raises UserError for audio that has changed since the corpus was made, and where the disk has too little room.
     """
-    clips = read_clips(corpus, TRAIN)
-    parts = {
-        CONDITIONING: (embeddings(corpus, clips, embedding, encoders, config.conditioning, seed), config.conditioning),
-        SEMANTIC: (semantic_features(corpus, clips, encoders, config.semantic, seed), config.semantic),
+    ranks = ranks or Ranks()
+    parts: dict[str, tuple[Callable[[], Encoding], KMeansConfig]] = {
+        CONDITIONING: (lambda: JointEmbeddings(embedding, encoders), config.conditioning),
+        SEMANTIC: (lambda: SemanticFeatures(encoders), config.semantic),
     }
     centroids, info = {}, {}
-    for order, (name, (vectors, kmeans)) in enumerate(parts.items()):
+    for order, (name, (encoding_of, kmeans)) in enumerate(parts.items()):
 
         def report(share: float, message: str, order: int = order) -> None:
-            progress.update(round(1000 * (order + share)), 1000 * len(parts), message)
+            if ranks.leads:
+                progress.update(round(1000 * (order + share)), 1000 * len(parts), message)
 
-        quantizer, left = _fit(vectors, kmeans, seed, name, report)
+        quantizer, info[name] = _fit_quantizer(name, corpus, encoding_of(), kmeans, seed, folder, report, ranks)
         centroids[name] = quantizer.centroids
-        info[name] = {
-            "levels": quantizer.levels,
-            "codebook_size": quantizer.codebook_size,
-            "dim": quantizer.dim,
-            "variance_left": left,
-        }
-    save_file(centroids, folder / "quantizers.safetensors")
+    if ranks.leads:
+        save_file(centroids, folder / "quantizers.safetensors")
+        write_json(folder / "report.json", {name: row["measured"] for name, row in info.items()})
     return info
 
 
-def embeddings(
-    corpus: Path, clips: list[Clip], embedding: Path, encoders: EncodersConfig, config: KMeansConfig, seed: int
-) -> Iterator[tuple[float, Tensor]]:
-    """Embeddings `[n, dim]` of the clips' audio and captions, each batch with the share of the work that is done."""
-    embedder = load_joint_embedder(embedding, encoders.joint)
-    windows = max(1, 1 + int((clips[0].seconds - encoders.joint.window_seconds) / encoders.joint.hop_seconds))
-    captions = sum(len(clip.captions) for clip in clips) / len(clips)
-    clips = some(clips, _clips_for(config.fit_vectors, windows + captions), seed)
-    before = 0
-    for done, waves in read_waves(corpus, clips, embedder.sample_rate):
-        vectors = [embed_windows(embedder, waves, encoders.joint).flatten(0, 1).cpu()]
-        if texts := [caption for clip in clips[before:done] for caption in clip.captions]:
-            vectors.append(embedder.embed_text(texts).cpu())
-        before = done
-        yield done / len(clips), torch.cat(vectors)
-
-
-def semantic_features(
-    corpus: Path, clips: list[Clip], encoders: EncodersConfig, config: KMeansConfig, seed: int
-) -> Iterator[tuple[float, Tensor]]:
-    """Semantic features `[n, dim]` of the clips, each batch with the share of the work that is done."""
-    encoder = load_semantic_encoder(encoders.semantic)
-    clips = some(clips, _clips_for(config.fit_vectors, clips[0].seconds * encoder.rate_hz), seed)
-    for done, waves in read_waves(corpus, clips, encoder.sample_rate):
-        yield done / len(clips), encoder.features(waves).flatten(0, 1).cpu()
-
-
-def _fit(
-    vectors: Iterator[tuple[float, Tensor]],
+def _fit_quantizer(
+    name: str,
+    corpus: Path,
+    encoding: Encoding,
     config: KMeansConfig,
     seed: int,
-    name: str,
+    folder: Path,
     report: Callable[[float, str], None],
-) -> tuple[ResidualKMeans, list[float]]:
-    """A residual k-means fitted to a stream of (share done, vectors); reading and fitting count for half each."""
-    _, first = next(vectors)
-    quantizer = ResidualKMeans(config.levels, config.codebook_size, first.shape[1])
-
-    def stream() -> Iterator[Tensor]:
-        yield first
-        for share, batch in vectors:
-            report(share / 2, f"reading for {name}")
-            yield batch
-
-    left = quantizer.fit(
-        stream(),
-        iterations=config.iterations,
-        max_vectors=config.fit_vectors,
-        seed=seed,
-        report=lambda done, total: report(0.5 + done / total / 2, f"fitting {name}"),
+    ranks: Ranks,
+) -> tuple[ResidualKMeans, dict[str, Any]]:
+    clips, validation = read_clips(corpus, TRAIN), read_clips(corpus, VALIDATION)
+    splits = {split: some(part, REPORT_CLIPS, seed) for split, part in ((TRAIN, clips), (VALIDATION, validation))}
+    limit, expected = config.fit_vectors, encoding.expected(clips)
+    if limit is not None and limit < expected:
+        clips = some(clips, max(1, round(OVERSAMPLING * limit * len(clips) / expected)), seed)
+        expected = encoding.expected(clips)
+    limit = limit if limit is not None and limit < expected else None
+    check_room(
+        folder, limit or expected, encoding.dim, f"the fit of quantizers.{name}", f"quantizers.{name}.fit_vectors"
     )
-    return quantizer, left
+
+    def batches() -> Iterator[Batch]:
+        for done, waves in read_waves(corpus, clips, encoding.sample_rate, ranks):
+            first = done - len(waves)
+            yield first, done, torch.cat(list(encoding.vectors(clips[first:done], waves).values()))
+            report(READING * done / len(clips), f"reading for {name}")
+
+    quantizer = ResidualKMeans(config.levels, config.codebook_size, encoding.dim)
+    with _spilled(batches(), len(clips), encoding.dim, limit, seed, folder) as vectors:
+        left = quantizer.fit(
+            vectors,
+            iterations=config.iterations,
+            start=config.start,
+            seed=seed,
+            group=ranks,
+            report=lambda share: report(READING + FITTING * share, f"fitting {name}"),
+        )
+        fitted = int(ranks.sum_(torch.tensor(vectors.vectors)))
+    report(READING + FITTING, f"measuring {name}")
+    info = {
+        "levels": quantizer.levels,
+        "codebook_size": quantizer.codebook_size,
+        "dim": quantizer.dim,
+        "vectors": fitted,
+        "variance_left": left,
+        "measured": measure(corpus, splits, encoding, quantizer, ranks),
+    }
+    return quantizer, info
 
 
-def _clips_for(vectors: int, vectors_a_clip: float) -> int:
-    return max(1, round(OVERSAMPLING * vectors / max(1.0, vectors_a_clip)))
-
-
-def some(items: list, count: int, seed: int) -> list:
-    """At most `count` of `items` drawn by `seed`, in their order."""
-    if len(items) <= count:
-        return items
-    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
-
-
-def read_waves(corpus: Path, clips: list[Clip], sample_rate: int) -> Iterator[tuple[int, Tensor]]:
-    """Batches of waves `[batch, samples]` in the order of `clips`, with how many clips are done after each.
-
-    The next batches are read while one is worked on. Raises UserError for a file that has changed.
+@contextlib.contextmanager
+def _spilled(
+    batches: Iterable[Batch], clips: int, dim: int, limit: int | None, seed: int, folder: Path
+) -> Iterator[VectorFile]:
+    """The vectors of batches of `clips` clips in a file on the disk of `folder`, which is gone with this process
+    however that ends. With `limit` each batch gives its even share of so many, drawn by `seed` and by its place.
     """
-    size = max(1, int(BATCH_SECONDS / clips[0].seconds))
-    batches = [clips[start : start + size] for start in range(0, len(clips), size)]
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead: deque = deque()
-        done = 0
-        for number in range(len(batches) + BATCHES_AHEAD):
-            if number < len(batches):
-                ahead.append([pool.submit(load_clip, corpus, clip, sample_rate) for clip in batches[number]])
-            if number >= BATCHES_AHEAD:
-                waves = [future.result() for future in ahead.popleft()]
-                done += len(waves)
-                yield done, torch.from_numpy(np.stack(waves))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        vectors = VectorFile(file, dim)
+        for first, done, batch in batches:
+            count = len(batch) if limit is None else done * limit // clips - first * limit // clips
+            if count < len(batch):
+                rows = np.random.default_rng((seed, first)).permutation(len(batch))[:count]
+                batch = batch[np.sort(rows)]
+            vectors.append(batch)
+        yield vectors

@@ -24,7 +24,7 @@ from data.windows import Cut
 from model import artifact
 from model.config import STAGES, EncodersConfig, SamplingConfig, StageName
 from model.encoders import load_codec
-from model.encoders.base import Codec
+from model.encoders.base import Codec, with_channels
 from model.encoders.spectrum import LogMel, window_length
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
 from model.pipeline import ready, samplers
@@ -157,14 +157,15 @@ class Samples(Callback):
             if audible:
                 beat()
                 waves = self.codec.decode(codes[ACOUSTIC][..., :audible]).clamp(-1, 1)
+                mono = with_channels(waves, 1)  # for TensorBoard, which knows nothing else
                 folder.mkdir(parents=True, exist_ok=True)
-                for label, wave in zip(LABELS, waves, strict=True):
+                for label, wave, mixed in zip(LABELS, waves, mono, strict=True):
                     sound = io.BytesIO()  # libsndfile itself does not say that a disk is full
-                    soundfile.write(sound, wave.numpy(), self.codec.sample_rate, format="WAV")
+                    soundfile.write(sound, wave.numpy().T, self.codec.sample_rate, format="WAV")
                     (folder / f"{label}-{number}.wav").write_bytes(sound.getvalue())
-                    self.board.add_audio(f"{label}/{number}", wave[None], step, self.codec.sample_rate)
+                    self.board.add_audio(f"{label}/{number}", mixed[None], step, self.codec.sample_rate)
                 titles = (f"prompted by {clip.prompt}", "unprompted", "real")
-                picture = spectrograms(waves, self.codec.sample_rate, titles)
+                picture = spectrograms(mono, self.codec.sample_rate, titles)
                 self.board.add_image(f"spectrograms/{number}", picture, step, dataformats="HWC")
         self.board.flush()
 

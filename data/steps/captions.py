@@ -46,7 +46,7 @@ class Captions(Step):
 
 
 def _columns(clip: Clip) -> dict[str, Any]:
-    return {**(clip.attributes or {}), **getattr(clip, "columns", {})}
+    return {**(clip.attributes or {}), **clip.columns}
 
 
 def _filled(template: Sequence[tuple[str, str | None]], values: dict[str, Any]) -> str | None:

@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from launcher.stage import Context, Stage, picked
+from model import artifact
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
-    from model.config import CodecConfig, JointEmbedderConfig, SemanticEncoderConfig
+    from model.config import CodecConfig, EncodersConfig, JointEmbedderConfig, SemanticEncoderConfig
 
 SHARED_KEYS = ("seed", "data.audio", "data.clip_seconds", "data.validation")
 BUILTIN_KEYS = (*SHARED_KEYS, "data.clips", "data.sample_rate")
-OWN_KEYS = (*SHARED_KEYS, "data.captions", "data.shortest_seconds", "data.silence_db")
+OWN_KEYS = (
+    *SHARED_KEYS,
+    *(
+        f"data.{name}"
+        for name in (
+            "format", "captions", "shortest_seconds", "test", "split_by", "silence_db", "most_clipped", "duplicates",
+            "channels", "loudness", "tag_captions",
+        )
+    ),
+)  # fmt: skip
 FILES = "the files in data.audio"
 TOKENS_NEED = ("corpus", "codec", "embedding", "quantizers")
 HOP = "encoders.joint.hop_seconds"
@@ -32,9 +42,9 @@ def corpus(context: Context) -> dict[str, Any]:
         from data.builtin import write_corpus
 
         return write_corpus(context.folder, data, seed, context.progress)
-    from data.sources import index_folder
+    from data.indexing import index_audio
 
-    return index_folder(context.folder, data, seed, context.progress)
+    return index_audio(context.folder, data, seed, context.progress)
 
 
 def codec_keys(recipe: Recipe) -> dict[str, Any]:
@@ -44,8 +54,14 @@ def codec_keys(recipe: Recipe) -> dict[str, Any]:
 def codec(context: Context) -> dict[str, Any]:
     from trainer.fitting import fit_codec
 
-    config, seed = context.recipe.encoders.codec, context.recipe.seed
-    return fit_codec(context.run / "corpus", config, seed, context.folder, context.progress)
+    encoders, seed = context.recipe.encoders, context.recipe.seed
+    info = fit_codec(context.run / "corpus", encoders.codec, seed, context.folder, context.progress)
+    if encoders.check:
+        from model.encoders import load_codec
+        from model.encoders.check import check_codec
+
+        check_codec(load_codec(context.folder, encoders.codec))
+    return {**info, **_fingerprints(encoders, "codec")}
 
 
 def embedding_keys(recipe: Recipe) -> dict[str, Any]:
@@ -57,8 +73,14 @@ def embedding_keys(recipe: Recipe) -> dict[str, Any]:
 def embedding(context: Context) -> dict[str, Any]:
     from trainer.embedding import train_embedder
 
-    config, seed = context.recipe.encoders.joint, context.recipe.seed
-    return train_embedder(context.run / "corpus", config, seed, context.folder, context.progress)
+    encoders, seed = context.recipe.encoders, context.recipe.seed
+    info = train_embedder(context.run / "corpus", encoders.joint, seed, context.folder, context.progress)
+    if encoders.check:
+        from model.encoders import load_joint_embedder
+        from model.encoders.check import check_joint
+
+        check_joint(load_joint_embedder(context.folder, encoders.joint))
+    return {**info, **_fingerprints(encoders, "joint")}
 
 
 def quantizers_keys(recipe: Recipe) -> dict[str, Any]:
@@ -70,7 +92,12 @@ def quantizers(context: Context) -> dict[str, Any]:
     from trainer.fitting import fit_quantizers
 
     recipe = context.recipe
-    return fit_quantizers(
+    if recipe.encoders.check:
+        from model.encoders import load_semantic_encoder
+        from model.encoders.check import check_semantic
+
+        check_semantic(load_semantic_encoder(recipe.encoders.semantic))
+    info = fit_quantizers(
         context.run / "corpus",
         context.run / "embedding",
         recipe.encoders,
@@ -78,14 +105,16 @@ def quantizers(context: Context) -> dict[str, Any]:
         recipe.seed,
         context.folder,
         context.progress,
+        context.ranks,
     )
+    return {**info, **_fingerprints(recipe.encoders, "semantic", "joint")}
 
 
 def tokens_keys(recipe: Recipe) -> dict[str, Any]:
     from data.steps import steps_digests
 
     keys = picked("encoders.semantic", HOP, "tokens", without=("tokens.batch_seconds",))(recipe)
-    return {**keys, **steps_digests(recipe.tokens.steps)}
+    return {**keys, **_weights("semantic", recipe.encoders.semantic), **steps_digests(recipe.tokens.steps)}
 
 
 def tokens(context: Context) -> dict[str, Any]:
@@ -106,7 +135,26 @@ def tokens(context: Context) -> dict[str, Any]:
         recipe.data.workers,
     )
     context.files.update(files)
-    return info
+    return {**info, **_fingerprints(recipe.encoders, "codec", "semantic", "joint")}
+
+
+def publish_tokens(context: Context) -> None:
+    """Lets shards that are kept elsewhere stand on their own there: the manifest comes last."""
+    from data.shard_writer import upload
+
+    if context.recipe.tokens.upload:
+        upload(context.folder, context.recipe.tokens.upload.rstrip("/"), artifact.MANIFEST)
+
+
+def _fingerprints(encoders: EncodersConfig, *names: str) -> dict[str, Any]:
+    """What a manifest says of the encoders that were used: it changes with the bytes of their weights."""
+    from model.encoders import encoder_fingerprint
+
+    return {"encoders": {name: encoder_fingerprint(getattr(encoders, name)) for name in names}}
+
+
+def data_ranks(recipe: Recipe) -> int:
+    return recipe.data.ranks
 
 
 def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbedderConfig) -> dict[str, Any]:
@@ -119,16 +167,8 @@ def _weights(name: str, config: CodecConfig | SemanticEncoderConfig | JointEmbed
 
 STAGES = (
     Stage("corpus", (), corpus_keys, 1, corpus),
-    Stage("codec", ("corpus",), codec_keys, 1, codec),
+    Stage("codec", ("corpus",), codec_keys, 2, codec),
     Stage("embedding", ("corpus",), embedding_keys, 1, embedding),
-    Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 1, quantizers),
-    Stage(
-        "tokens",
-        TOKENS_NEED,
-        tokens_keys,
-        2,
-        tokens,
-        lambda recipe: recipe.data.ranks,
-        resumed=True,
-    ),
+    Stage("quantizers", ("corpus", "embedding"), quantizers_keys, 2, quantizers, data_ranks),
+    Stage("tokens", TOKENS_NEED, tokens_keys, 2, tokens, data_ranks, resumed=True, sealed=publish_tokens),
 )

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 # module:class, imported when asked for: none should wait for the libraries of another.
 CODECS = {"mel": "model.encoders.mel:MelCodec", "encodec": "model.encoders.encodec:EncodecCodec"}
-SEMANTIC_ENCODERS = {"mel_chroma": "model.encoders.chroma:MelChroma", "mert": "model.encoders.mert:MertEncoder"}
+SEMANTIC_ENCODERS = {
+    "mel_chroma": "model.encoders.chroma:MelChroma",
+    "mert": "model.encoders.hubert:HubertEncoder",
+    "hubert": "model.encoders.hubert:HubertEncoder",
+}
 JOINT_EMBEDDERS = {"towers": "model.encoders.towers:TwoTowers", "clap": "model.encoders.clap:ClapEmbedder"}
 
 
@@ -40,9 +44,9 @@ def load_joint_embedder(folder: Path, config: JointEmbedderConfig) -> JointEmbed
 def encoder_fingerprint(config: CodecConfig | SemanticEncoderConfig | JointEmbedderConfig) -> str:
     """Changes with the configuration and, for a pretrained encoder, with the bytes of its weights."""
     from model.artifact import fingerprint
-    from model.encoders.pretrained import DEFAULT_WEIGHTS, weights_digest
+    from model.encoders.pretrained import SECTIONS, weights_digest
 
-    pretrained = config.kind in DEFAULT_WEIGHTS
-    return fingerprint(
-        config.model_dump(mode="json"), weights_digest(config.kind, config.weights) if pretrained else None
-    )
+    if config.kind not in SECTIONS:
+        return fingerprint(config.model_dump(mode="json"), None)
+    # Where the files lie does not matter.
+    return fingerprint(config.model_dump(mode="json", exclude={"weights", "tokenizer"}), weights_digest(config))

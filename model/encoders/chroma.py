@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import SemanticEncoderConfig
-from model.encoders.spectrum import LogMel, stft_frames, window_length
+from model.encoders.spectrum import LogMel, map_spectra, window_length
 from model.errors import UserError
 
 BANDS = 40
@@ -53,7 +53,7 @@ class MelChroma:
         onset = rise.view(len(wave), frames, 2, BANDS).amax(2)
         loudness = mel.exp().mean((1, 2), keepdim=True).log()
         spectrum = mel.view(len(wave), frames, 2, BANDS).mean(2) - LEVEL_SHARE * loudness
-        chroma = stft_frames(wave, self.note_window, self.hop).abs() @ self.pitch_classes
+        chroma = map_spectra(lambda notes: notes.abs() @ self.pitch_classes, wave, self.note_window, self.hop)
         # The floor lets the notes of near silence fade away in place of being noise at full weight.
         chroma = chroma / (chroma.square().sum(-1, keepdim=True) + FLOOR).sqrt()
         return torch.cat([SPECTRUM_WEIGHT * spectrum, ONSET_WEIGHT * onset, CHROMA_WEIGHT * chroma], -1)

@@ -30,6 +30,9 @@ class MelCodec:
     finds the non-negative spectrum with those mel powers, and its phases by Griffin-Lim.
     """
 
+    channels = 1
+    fitted = True
+
     def __init__(self, config: CodecConfig, quantizer: ResidualKMeans | None = None) -> None:
         if config.sample_rate % config.frame_rate:
             raise UserError(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK_FRAMES = 4096
+"""Spectra held at a time, of each wave."""
 
 
 def stft_frames(wave: Tensor, window: Tensor, hop: int) -> Tensor:
@@ -15,17 +19,32 @@ def stft_frames(wave: Tensor, window: Tensor, hop: int) -> Tensor:
     Frame t is centred on the middle of [t × hop, (t + 1) × hop): the wave is extended by reflection by half of what
     the window is longer than the hop. A full-scale sine has magnitude near 1, whatever the window.
     """
-    margin = len(window) - hop
-    frames = wave.shape[-1] // hop
-    wave = wave[..., : frames * hop]
-    if not frames:
+    if wave.shape[-1] < hop:
         return wave.new_zeros(len(wave), 0, len(window) // 2 + 1, dtype=torch.complex64)
+    return _spectra(_pieces(wave, window, hop), window)
+
+
+def map_spectra(function: Callable[[Tensor], Tensor], wave: Tensor, window: Tensor, hop: int) -> Tensor:
+    """`function(stft_frames(wave, window, hop))` for one that takes each frame by itself, in bounded memory."""
+    if wave.shape[-1] < hop:
+        return function(stft_frames(wave, window, hop))
+    parts = _pieces(wave, window, hop).split(BLOCK_FRAMES, 1)
+    return torch.cat([function(_spectra(part, window)) for part in parts], 1)
+
+
+def _spectra(pieces: Tensor, window: Tensor) -> Tensor:
+    return torch.fft.rfft(pieces * (window * (2 / window.sum())))
+
+
+def _pieces(wave: Tensor, window: Tensor, hop: int) -> Tensor:
+    """The samples under each frame's window, `[batch, samples // hop, len(window)]`: a view."""
+    margin = len(window) - hop
+    wave = wave[..., : wave.shape[-1] // hop * hop]
     if wave.shape[-1] <= margin:  # too short to reflect
         wave = F.pad(wave, (margin // 2, margin - margin // 2))
     else:
         wave = F.pad(wave[:, None], (margin // 2, margin - margin // 2), mode="reflect")[:, 0]
-    pieces = wave.unfold(-1, len(window), hop) * (window * (2 / window.sum()))
-    return torch.fft.rfft(pieces)
+    return wave.unfold(-1, len(window), hop)
 
 
 def mel_filters(bands: int, sample_rate: int, n_fft: int, low_hz: float = 30.0) -> Tensor:
@@ -54,7 +73,9 @@ class LogMel:
         self.floor = floor
 
     def __call__(self, wave: Tensor) -> Tensor:
-        spectrum = stft_frames(wave, self.window, self.hop)
+        return map_spectra(self._of, wave, self.window, self.hop)
+
+    def _of(self, spectrum: Tensor) -> Tensor:
         power = spectrum.real.square() + spectrum.imag.square()
         return (power @ self.filters).add_(self.floor).log_()
 

@@ -39,6 +39,8 @@ class TwoTowers(nn.Module):
     `scale` is the learnt inverse temperature of the contrastive loss, as its logarithm.
     """
 
+    fitted = True
+
     def __init__(self, config: JointEmbedderConfig, tokenizer: Tokenizer) -> None:
         """Fresh weights from torch's global generator; `tokenizer` is one that `fit_tokenizer` made."""
         super().__init__()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import save_file
+from tokenising import CONFIG, SECONDS, Embedder, fit
 
 import data.tokeniser
 from data.config import TokensConfig
@@ -20,34 +20,14 @@ from data.windows import window_loader
 from model import artifact
 from model.config import EncodersConfig, JointEmbedderConfig
 from model.encoders.base import embed_windows
-from model.encoders.chroma import MelChroma
 from model.encoders.mel import MelCodec
 from model.errors import UserError
 from model.kmeans import ResidualKMeans
-
-SECONDS = 2.0
-
-
-class Embedder:
-    """A stand-in at a rate of its own: the loudness and the share of positive samples; of a text, its letters."""
-
-    sample_rate, dim = 8000, 2
-
-    def embed_audio(self, wave: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.stack([wave.square().mean(1), (wave > 0).float().mean(1)], 1))
-
-    def embed_text(self, texts: list[str]) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.tensor([[len(text), text.count("a")] for text in texts]).float())
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, EncodersConfig]:
     """A corpus of four clips out of files of two rates, and encoders fitted to noise."""
-    config = EncodersConfig.model_validate({
-        "codec": {"quantizers": 4, "codebook_size": 16, "frame_rate": 25, "mel_bands": 20},
-        "semantic": {"frame_rate": 50, "sample_rate": 16_000},
-        "joint": {"window_seconds": 1.0, "hop_seconds": 0.5, "sample_rate": 8000, "dim": 2},
-    })  # fmt: skip
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     clips = []
@@ -59,14 +39,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Encoder
         soundfile.write(corpus / f"{number}.wav", wave, rate)
         clips.append(Clip(f"clip-{number}", f"{number}.wav", 0.5, SECONDS, captions, split))
     write_clips(corpus, clips)
-    torch.manual_seed(0)
-    codec = MelCodec(config.codec)
-    codec.quantizer.fit([torch.randn(200, codec.dim)])
-    codec.save(tmp_path)
-    tensors = {"conditioning": torch.randn(3, 8, 2), "semantic": torch.randn(1, 16, MelChroma.dim)}
-    save_file(tensors, tmp_path / "quantizers.safetensors")
+    fit(tmp_path)
     monkeypatch.setattr(data.tokeniser, "load_joint_embedder", lambda folder, config: Embedder())
-    return corpus, config
+    return corpus, CONFIG
 
 
 def add_short(corpus: Path, *lengths: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 from launcher import cli
 
 COMMANDS = (
-    "run", "plan", "status", "inspect", "corpus", "fit", "tokenize", "train", "export", "generate",
+    "run", "plan", "status", "inspect", "corpus", "collect", "fit", "tokenize", "train", "export", "generate",
 )  # fmt: skip
 
 
@@ -63,6 +63,9 @@ def test_the_version_is_shown(stretto):
         (["generate", "nowhere"], "error: name what to play"),
         (["generate", "nowhere", "a flute", "-o", "out.mp3"], "error: out.mp3: name a file that ends in .wav with -o."),
         (["corpus", "."], "error: . is there already: name a new folder"),
+        (["collect", "list.csv", "-o", "out"], "error: list.csv cannot be read: No such file or directory."),
+        (["collect", "file", "-o", "out"], "error: file: a manifest is a file that ends in .jsonl, .csv, .tsv."),
+        (["collect", "list.csv"], "Missing option '--output'"),
         (["run", "quickstart", "-o", "file"], "error: file is a file: choose another folder with -o."),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data.config import DataConfig
+from data.config import DataConfig, TokensConfig
 from launcher.recipe import EvaluationConfig, Recipe
 from model.config import (
     CodecConfig,
@@ -29,6 +29,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 TABLES = {
     "Top level": Recipe,
     "`data`": DataConfig,
+    "`tokens`": TokensConfig,
     "`codec`": CodecConfig,
     "`semantic`": SemanticEncoderConfig,
     "`joint`": JointEmbedderConfig,
@@ -59,7 +60,9 @@ def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("heading", "config"), TABLES.items(), ids=TABLES.keys())
 def test_every_key_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
     documented = rows(heading)
-    sections = {"data", "encoders", "quantizers", "stages", "sampling", "evaluation"} if config is Recipe else set()
+    sections = (
+        {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation"} if config is Recipe else set()
+    )
     assert set(documented) - {"stage_defaults"} == set(config.model_fields) - sections
     for key, shown in documented.items():
         field = config.model_fields.get(key)

@@ -52,6 +52,26 @@ def test_a_value_of_one_stage_reaches_that_stage_alone(music):
     assert music("--cfg", "coarse=3") != drawn
 
 
+def test_a_stereo_codec_makes_stereo_files(generate, bundle, tmp_path, monkeypatch):
+    from model import pipeline
+    from model.encoders.mel import MelCodec
+
+    class Stereo(MelCodec):
+        channels = 2
+
+        def decode(self, codes):
+            wave = super().decode(codes)
+            return torch.stack([wave, -wave], 1)
+
+    monkeypatch.setattr(pipeline, "load_codec", Stereo.load)
+    code, error = generate(bundle, PROMPTS[0], "--seconds", "0.2", "--samples", "2", "-o", tmp_path / "a.wav")
+    assert code == 0, error
+    for number in (1, 2):
+        wave, rate = soundfile.read(tmp_path / f"a-{number}.wav")
+        assert wave.shape == (0.2 * rate, 2)
+        assert wave[:, 0] == pytest.approx(-wave[:, 1], abs=1e-4)
+
+
 def test_what_is_not_given_is_left_to_the_bundle():
     by_stage = {"temperature": "semantic=0.8, coarse=.5", "top_k": "40", "top_p": None}
     read = read_options(by_stage, seed=3, seconds=None)

@@ -8,6 +8,7 @@ from launcher.graph import origins, plan_stages, state_of
 from launcher.recipe import Recipe, load_recipe
 from launcher.run_folder import RunFolder
 from launcher.stages import STAGES
+from launcher.worker import take_over
 from model import artifact
 from model.errors import UserError
 
@@ -30,6 +31,7 @@ def changed(*overrides: str) -> set[str]:
     return {name for name in before if before[name].fingerprint != after[name].fingerprint}
 
 
+FITTED_STAGES = {"codec", "embedding", "quantizers"}
 TRAINED = {"semantic", "coarse", "fine"}
 END = {"bundle", "samples"}
 
@@ -134,3 +136,47 @@ def test_only_builds_what_it_names_and_says_what_else_it_needs(tmp_path):
         plan_stages(states, ["embedding"])
     with pytest.raises(UserError, match="Did you mean corpus"):
         plan_stages(states, ["corups"])
+
+
+def fitted(run: Path) -> Path:
+    make_all(run, load_recipe("quickstart"))
+    return run
+
+
+def test_what_is_taken_over_from_another_run_keeps_its_fingerprint(tmp_path):
+    """So that the tokens of both runs can be mixed; what is made of it is the new run's own."""
+    other = fitted(tmp_path / "other")
+    before = origins(load_recipe("quickstart"))
+    found = origins(load_recipe("quickstart", [f"fitted_from={other}", "data.clips=100"]))
+    assert {name for name in found if found[name].fingerprint == before[name].fingerprint} == FITTED_STAGES
+    assert found["tokens"].inputs["quantizers"] == before["quantizers"].fingerprint
+    run = tmp_path / "run"
+    for name in FITTED_STAGES:
+        take_over(other / name, found[name], run / name)
+        assert artifact.read(run / name, name).fingerprint == before[name].fingerprint
+        assert artifact.problems(artifact.read(run / name)) == []
+        assert (run / name / "file").read_text() == name
+    (other / "codec" / "file").write_text("other")
+    with pytest.raises(UserError, match=r"fitted_from: .*codec cannot be taken over: .*has changed"):
+        take_over(other / "codec", found["codec"], run / "codec")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["encoders.codec.codebook_size=128"], "encoders.codec.codebook_size is 128 here and 256 in"),
+        (["quantizers.semantic.levels=2"], "quantizers.semantic.levels is 2 here and 1 in"),
+        (["fitted_from=/nowhere"], "is not a run folder"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_not_taken_over(tmp_path, overrides, words):
+    other = fitted(tmp_path / "other")
+    with pytest.raises(UserError, match=words):
+        origins(load_recipe("quickstart", [f"fitted_from={other}", *overrides]))
+
+
+def test_a_run_that_is_not_finished_is_not_taken_over(tmp_path):
+    other = fitted(tmp_path / "other")
+    (other / "quantizers" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"fitted_from: .*quantizers is not a finished"):
+        origins(load_recipe("quickstart", [f"fitted_from={other}"]))

@@ -107,6 +107,11 @@ def test_an_ignored_condition_is_pointed_out(run: Path, page: Page) -> None:
     assert "the coarse stage ignores its conditioning condition" in summary(run)
 
 
+def test_what_the_quantizers_leave_and_use_is_shown(page: Page) -> None:
+    assert "conditioning audio train 1,256 62% 20% 75% 5.5 of 8" in page.text
+    assert "conditioning audio validation 100 64% 30% 75% 5.5 of 8" in page.text
+
+
 def test_json_has_the_same_figures(run: Path) -> None:
     figures = json.loads((run / "report.json").read_text())
     assert figures["adherence"]["generated"]["mean"] == 0.79

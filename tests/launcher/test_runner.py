@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data.lock import locked
 from launcher.processes import Machine, ranks
 from launcher.recipe import load_recipe
 from launcher.run_folder import RunFolder
@@ -18,7 +19,6 @@ from launcher.runner import gist, space_needed, user_message
 from launcher.stages import STAGES
 from model.errors import UserError
 from trainer.config import TrainConfig
-from trainer.lock import locked
 
 FAKE = Path(__file__).with_name("fake_run.py")
 PATIENCE = 30

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from model.config import CodecConfig, JointEmbedderConfig, SemanticEncoderConfig
-from model.encoders import CODECS, JOINT_EMBEDDERS, SEMANTIC_ENCODERS, encoder_class, load_codec, load_joint_embedder
+from model.encoders import (
+    CODECS,
+    JOINT_EMBEDDERS,
+    SEMANTIC_ENCODERS,
+    encoder_class,
+    load_codec,
+    load_joint_embedder,
+    spectrum,
+)
 from model.encoders.base import Codec, JointEmbedder, SemanticEncoder
 from model.encoders.chroma import MelChroma
 from model.encoders.mel import MelCodec
@@ -96,6 +104,15 @@ def test_frame_rate_that_does_not_divide_is_a_users_mistake():
         MelCodec(CodecConfig(frame_rate=30, sample_rate=16_001))
     with pytest.raises(UserError, match=r"encoders\.semantic\.frame_rate"):
         MelChroma(SemanticEncoderConfig(frame_rate=75))
+
+
+def test_long_waves_are_analysed_a_block_at_a_time_with_the_same_result(monkeypatch):
+    wave = torch.cat([tone(330, 1.5), clicks(0.3, 1.5)])
+    codec, chroma, towers = small_codec(), MelChroma(SemanticEncoderConfig()), small_towers()
+    whole = [codec.vectors(wave), chroma.features(wave), towers.features(wave)]
+    monkeypatch.setattr(spectrum, "BLOCK_FRAMES", 7)
+    for one, other in zip(whole, [codec.vectors(wave), chroma.features(wave), towers.features(wave)], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_semantic_features_tell_notes_and_ignore_octaves_in_chroma():

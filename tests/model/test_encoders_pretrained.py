@@ -6,108 +6,53 @@ import json
 
 import pytest
 import torch
+from small_encoders import CLAP, CODEC, MERT, Evil, noise, save_clap, save_encodec, save_mert
 
 from model.config import CodecConfig, JointEmbedderConfig, SemanticEncoderConfig
-from model.encoders import encoder_fingerprint, load_codec, load_joint_embedder, load_semantic_encoder
-from model.encoders.base import Codec, JointEmbedder, SemanticEncoder
+from model.encoders import (
+    base,
+    encoder_fingerprint,
+    hubert,
+    load_codec,
+    load_joint_embedder,
+    load_semantic_encoder,
+)
+from model.encoders.base import Codec, JointEmbedder, SemanticEncoder, embed_windows
 from model.errors import UserError
-
-CODEC = {"kind": "encodec", "sample_rate": 24_000, "frame_rate": 75, "quantizers": 4, "codebook_size": 64}
-MERT = {"kind": "mert", "sample_rate": 16_000, "frame_rate": 50, "layer": 2}
-CLAP = {"kind": "clap", "sample_rate": 48_000, "window_seconds": 10.0, "dim": 32}
+from model.kmeans import ResidualKMeans
 
 
 @pytest.fixture(scope="module")
 def encodec(tmp_path_factory):
-    from transformers import EncodecConfig, EncodecModel
-
-    folder = tmp_path_factory.mktemp("encodec")
-    torch.manual_seed(0)
-    # 6 bits a code at 75 Hz: 0.45 kbps a codebook.
-    config = EncodecConfig(
-        num_filters=4, hidden_size=16, codebook_size=64, target_bandwidths=[0.9, 1.8], num_lstm_layers=1
-    )
-    model = EncodecModel(config)
-    with torch.no_grad():
-        latent = model.encoder(wave(24_000, 1.0)[:1, None])[0].T
-    first, *others = (layer.codebook.embed for layer in model.quantizer.layers)  # they are made as zeros
-    first.copy_(latent[:64])
-    for embed in others:
-        embed.normal_().mul_(latent.std(0).mean() / 2)
-    model.save_pretrained(folder)
-    return folder
+    return save_encodec(tmp_path_factory.mktemp("encodec"))
 
 
 @pytest.fixture(scope="module")
 def mert(tmp_path_factory):
-    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
-
-    folder = tmp_path_factory.mktemp("mert")
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, conv_dim=[16] * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feature_extractor_cqt=False, deepnorm=False,
-    )  # fmt: skip
-    HubertModel(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(sampling_rate=16_000, do_normalize=True).save_pretrained(folder)
-    return folder
+    return save_mert(tmp_path_factory.mktemp("mert"))
 
 
 @pytest.fixture(scope="module")
 def clap(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("clap")
-    torch.manual_seed(0)
-    tower = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 32}
-    config = ClapConfig(
-        text_config={"vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64, "pad_token_id": 1, **tower},
-        audio_config={
-            "patch_embeds_hidden_size": 8, "hidden_size": 64, "depths": [1, 1, 1, 1], "projection_dim": 32,
-            "num_attention_heads": [1, 1, 1, 1], "enable_fusion": False,
-        },
-        projection_dim=32,
-    )  # fmt: skip
-    model = ClapModel(config)
-    # Random towers are collapsed; strong token embeddings and layers pull texts apart.
-    for parameter in model.text_model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(15)
-    model.save_pretrained(folder)
-    ClapFeatureExtractor(frequency_min=50, truncation="rand_trunc").save_pretrained(folder)
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    tokenizer = Tokenizer(models.BPE({**words, **{chr(33 + index): 4 + index for index in range(94)}}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=60
-    ).save_pretrained(folder)
-    return folder
-
-
-def wave(rate: int, seconds: float, batch: int = 2) -> torch.Tensor:
-    return 0.3 * torch.randn(batch, round(seconds * rate), generator=torch.Generator().manual_seed(1)).clamp(-3, 3) / 3
+    return save_clap(tmp_path_factory.mktemp("clap"))
 
 
 def test_encodec_codes_and_wave(encodec):
     codec = load_codec(encodec, CodecConfig(**CODEC, weights=str(encodec)))
     assert isinstance(codec, Codec)
-    codes = codec.encode(wave(24_000, 1.01))
+    codes = codec.encode(noise(24_000, 1.01))
     assert codes.shape == (2, 75, 4)
     assert codes.dtype == torch.int64
     assert all(len(codes[..., level].unique()) > 1 for level in range(4))
     assert codec.decode(codes).shape == (2, 24_000)
-    assert codec.encode(wave(24_000, 0.001)).shape == (2, 0, 4)
+    assert codec.encode(noise(24_000, 0.001)).shape == (2, 0, 4)
 
 
 def test_encodec_is_the_model_it_wraps(encodec):
     from transformers import EncodecModel
 
     model = EncodecModel.from_pretrained(encodec).eval()
-    x = wave(24_000, 1.0)
+    x = noise(24_000, 1.0)
     with torch.no_grad():
         expected = model.encode(x[:, None], bandwidth=1.8).audio_codes[0].transpose(1, 2)
     assert torch.equal(load_codec(encodec, CodecConfig(**CODEC, weights=str(encodec))).encode(x), expected)
@@ -134,7 +79,7 @@ def test_mert_gives_whole_frames(mert, seconds):
     encoder = load_semantic_encoder(SemanticEncoderConfig(**MERT, weights=str(mert)))
     assert isinstance(encoder, SemanticEncoder)
     assert encoder.rate_hz == 50
-    assert encoder.features(wave(16_000, seconds)).shape == (2, int(seconds * 50), 32)
+    assert encoder.features(noise(16_000, seconds)).shape == (2, int(seconds * 50), 32)
 
 
 def test_mert_layer_is_that_of_the_whole_model(mert):
@@ -142,11 +87,38 @@ def test_mert_layer_is_that_of_the_whole_model(mert):
 
     encoder = load_semantic_encoder(SemanticEncoderConfig(**MERT, weights=str(mert)))
     model = HubertModel.from_pretrained(mert).eval()
-    x = wave(16_000, 1.0)
+    x = noise(16_000, 1.0)
     normal = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-7).sqrt()
     with torch.no_grad():
         expected = model(torch.nn.functional.pad(normal, (40, 40)), output_hidden_states=True).hidden_states[2]
     assert torch.allclose(encoder.features(x), expected, atol=1e-5)
+
+
+def test_hubert_is_the_same_by_another_name(mert):
+    config = {"sample_rate": 16_000, "frame_rate": 50, "layer": 3, "weights": str(mert)}
+    mert_, hubert = (load_semantic_encoder(SemanticEncoderConfig(kind=kind, **config)) for kind in ("mert", "hubert"))
+    x = noise(16_000, 0.5)
+    assert torch.equal(mert_.features(x), hubert.features(x))
+    with pytest.raises(UserError, match="must be a folder"):
+        load_semantic_encoder(SemanticEncoderConfig(kind="hubert", weights=str(mert / "model.safetensors")))
+
+
+def test_long_waves_have_nearly_the_features_of_the_whole(mert, monkeypatch):
+    encoder = load_semantic_encoder(SemanticEncoderConfig(**MERT, weights=str(mert)))
+    generator = torch.Generator().manual_seed(0)
+    notes = (110 * 2 ** (torch.randint(24, (60,), generator=generator) / 12)).repeat_interleave(8_000)
+    loudness = torch.rand(60, generator=generator).repeat_interleave(8_000)
+    tones = (2 * torch.pi * torch.cumsum(notes, 0) / 16_000).sin() * 0.3 * loudness
+    x = (tones + 0.05 * torch.randn(480_000, generator=generator))[None]
+    whole = encoder.features(x)
+    codes = ResidualKMeans(1, 64, 32)
+    codes.fit([whole[0]], iterations=10)
+    monkeypatch.setattr(hubert, "CHUNK_SECONDS", 12.0)
+    chunked = encoder.features(x)
+    assert chunked.shape == whole.shape
+    assert not torch.equal(chunked, whole)
+    assert torch.cosine_similarity(chunked, whole, -1).mean() > 0.998
+    assert (codes.encode(chunked) == codes.encode(whole)).float().mean() > 0.97
 
 
 def test_mert_that_needs_its_own_code(mert, tmp_path):
@@ -168,7 +140,7 @@ def test_clap_embeds_audio_and_text(clap):
     embedder = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, weights=str(clap)))
     assert isinstance(embedder, JointEmbedder)
     for seconds in (2.0, 10.5):
-        x = wave(48_000, seconds)
+        x = noise(48_000, seconds)
         audio = embedder.embed_audio(x)
         assert audio.shape == (2, 32)
         assert torch.allclose(audio.norm(dim=1), torch.ones(2), atol=1e-4)
@@ -179,17 +151,49 @@ def test_clap_embeds_audio_and_text(clap):
     assert embedder.embed_text([]).shape == (0, 32)
 
 
-def test_clap_with_a_collapsed_text_tower(clap, tmp_path):
-    from transformers import ClapModel
+def test_clap_sees_what_its_own_feature_extractor_makes(clap):
+    from transformers import ClapFeatureExtractor
 
-    for file in clap.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    model = ClapModel.from_pretrained(clap)
-    model.text_projection.linear2.weight.data.zero_()
-    model.text_projection.linear2.bias.data.fill_(1)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="unrelated texts for alike"):
-        load_joint_embedder(tmp_path, JointEmbedderConfig(**CLAP, weights=str(tmp_path)))
+    embedder = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, weights=str(clap)))
+    extractor = ClapFeatureExtractor.from_pretrained(clap)
+    for seconds in (10.0, 3.3):
+        x = noise(48_000, seconds)
+        quantised = (x * 32767).to(torch.int16).double() / 32767
+        expected = extractor(list(quantised.numpy()), sampling_rate=48_000, return_tensors="pt")["input_features"]
+        assert torch.allclose(embedder.spectrogram(x), expected.float(), atol=1e-3)
+
+
+def test_long_clips_are_embedded_a_few_windows_at_a_time(clap, monkeypatch):
+    config = JointEmbedderConfig(**{**CLAP, "window_seconds": 1.0, "hop_seconds": 0.5, "weights": str(clap)})
+    embedder = load_joint_embedder(clap, config)
+    x = noise(48_000, 3.0)
+    whole = embed_windows(embedder, x, config)
+    assert whole.shape == (2, 5, 32)
+    assert torch.allclose(whole[1, 2], embedder.embed_audio(x[1:, 48_000:96_000])[0], atol=1e-5)
+    monkeypatch.setattr(base, "WINDOWS", 3)
+    assert torch.allclose(embed_windows(embedder, x, config), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lower_precision_gives_nearly_the_same_in_fp32(clap, mert, dtype):
+    exact = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, weights=str(clap)))
+    rough = load_joint_embedder(clap, JointEmbedderConfig(**CLAP, dtype=dtype, weights=str(clap)))
+    x, texts = noise(48_000, 1.0), ["a flute", "many drums"]
+    for one, other in (
+        (exact.embed_audio(x), rough.embed_audio(x)),
+        (exact.embed_text(texts), rough.embed_text(texts)),
+    ):
+        assert other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert torch.cosine_similarity(one, other).min() > 0.99
+        assert torch.allclose(other.norm(dim=1), torch.ones(2), atol=1e-4)
+    exact, rough = (
+        load_semantic_encoder(SemanticEncoderConfig(**MERT, dtype=name, weights=str(mert))) for name in ("fp32", dtype)
+    )
+    one, other = exact.features(noise(16_000, 1.0)), rough.features(noise(16_000, 1.0))
+    assert other.dtype == torch.float32
+    assert not torch.equal(one, other)
+    assert torch.cosine_similarity(one, other, -1).mean() > 0.99
 
 
 @pytest.mark.parametrize(("key", "value"), [("dim", 512), ("sample_rate", 44_100), ("window_seconds", 30.0)])
@@ -216,6 +220,14 @@ def test_no_weights(tmp_path, monkeypatch):
         load_codec(tmp_path, CodecConfig(**CODEC, weights="no-one/nothing"))
     with pytest.raises(UserError, match=r"needs config\.json"):
         load_codec(tmp_path, CodecConfig(**CODEC, weights=str(tmp_path)))
+
+
+def test_a_folder_whose_weights_would_run_code(encodec, tmp_path):
+    (tmp_path / "config.json").write_bytes((encodec / "config.json").read_bytes())
+    torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="hold more than tensors, which is never loaded"):
+        load_codec(tmp_path, CodecConfig(**CODEC, weights=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_fingerprint_follows_the_bytes_and_not_the_place(encodec, tmp_path):

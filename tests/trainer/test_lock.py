@@ -1,21 +1,17 @@
-"""One job at a time trains a stage, and one that ended in any way holds up nobody."""
+"""One job at a time trains a stage."""
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
 import time
 
-import pytest
 from ranks import start_ranks
 from training_runs import make_run
 
-from model.errors import UserError
 from trainer.exit_codes import SAVED
-from trainer.lock import LOCK, locked
 
 PATIENCE = 60
 
@@ -43,38 +39,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
-
-
-def hold_with_a_child(folder, ready, child):
-    with locked(folder):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(PATIENCE,))
-        worker.start()
-        child.value = worker.pid
-        ready.set()
-        time.sleep(PATIENCE)
-
-
-def test_a_second_holder_is_told_who_holds_it(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match=rf"is in use by process {os.getpid()} since .*`kill"):
-        locked(tmp_path).__enter__()
-    (tmp_path / LOCK).write_text('{"host": "elsewhere", "pid": 7, "since": 0}')
-    with locked(tmp_path):
-        pass
-
-
-def test_a_killed_holder_holds_nobody_up_though_a_process_it_forked_lives_on(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, child = context.Event(), context.Value("i")
-    holder = context.Process(target=hold_with_a_child, args=(tmp_path, ready, child))
-    holder.start()
-    assert ready.wait(PATIENCE)
-    with pytest.raises(UserError, match=f"by process {holder.pid} since"):
-        locked(tmp_path).__enter__()
-    holder.kill()
-    holder.join()
-    os.kill(child.value, 0)
-    with locked(tmp_path):
-        os.kill(child.value, signal.SIGKILL)
 
 
 def test_a_second_job_on_a_stage_is_refused_on_all_its_ranks_and_changes_nothing(tmp_path):

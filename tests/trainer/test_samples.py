@@ -10,6 +10,7 @@ import yaml
 from helpers import FIELDS, coarse_config, fine_config, random_batch
 from ranks import run_ranks
 from safetensors.torch import save_file
+from small_encoders import STEREO, save_encodec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import make_run, weights_digest
 
@@ -79,13 +80,20 @@ def train(*jobs):
     torch.distributed.destroy_process_group()
 
 
-def sounds(run, stage, step):
+def in_stereo(run, weights):
+    """Gives the run a codec of two channels."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["encoders"]["codec"] = {**STEREO, "quantizers": 5, "weights": str(save_encodec(weights, stereo=True))}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def sounds(run, stage, step, sample_rate=CODEC.sample_rate):
     """Name → wave of the samples of a step."""
     folder = run / stage / "samples" / f"step-{step:08d}"
     found = {}
     for path in folder.glob("*.wav"):
         found[path.stem], rate = soundfile.read(path)
-        assert rate == CODEC.sample_rate
+        assert rate == sample_rate
     return found
 
 
@@ -131,15 +139,18 @@ def test_a_stage_in_training_is_heard_and_does_not_notice(tmp_path):
 
 
 def test_what_can_be_heard_depends_on_the_stages_there_are(tmp_path):
-    """Semantic codes need a coarse stage to be heard; without a fine one there are the first codebooks."""
-    names = ("semantic alone", "semantic and coarse", "all", "coarse alone", "fine")
+    """Semantic codes need a coarse stage to be heard; without a fine one there are the first codebooks; and a codec of
+    two channels is heard in stereo."""
+    names = ("semantic alone", "semantic and coarse", "all", "coarse alone", "fine", "fine in stereo")
     runs = {name: make_whole_run(tmp_path / name) for name in names}
+    in_stereo(runs["fine in stereo"], tmp_path / "stereo codec")
     for name, stages in (("semantic and coarse", ["coarse"]), ("all", ["coarse", "fine"])):
         for stage in stages:
             finish(runs[name], stage)
     trained = {name: name.split()[0].replace("all", "semantic") for name in names}
     run_ranks(train, 1, tmp_path / "log", *([runs[name], stage] for name, stage in trained.items()))
-    heard = {name: sounds(runs[name], stage, 4) for name, stage in trained.items()}
+    rates = {"fine in stereo": STEREO["sample_rate"]}
+    heard = {name: sounds(runs[name], stage, 4, rates.get(name, CODEC.sample_rate)) for name, stage in trained.items()}
     said = {name: (runs[name] / stage / "log.txt").read_text() for name, stage in trained.items()}
     assert not heard["semantic alone"]
     assert said["semantic alone"].count("samples have codes but no sound until stage 'coarse'") == 1
@@ -152,6 +163,8 @@ def test_what_can_be_heard_depends_on_the_stages_there_are(tmp_path):
     # The same clip, of two codebooks and of all.
     assert not np.array_equal(heard["semantic and coarse"]["real-0"], heard["all"]["real-0"])
     assert np.array_equal(heard["fine"]["real-0"], heard["all"]["real-0"])
+    assert all(wave.shape[1] == 2 for wave in heard["fine in stereo"].values())
+    assert len(events(runs["fine in stereo"], "fine").Tags()["audio"]) == 6
 
 
 def test_only_weights_that_fit_the_run_are_used(tmp_path):

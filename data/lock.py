@@ -47,7 +47,7 @@ def _opened(folder: Path):
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise UserError(
-            f"{folder} cannot be written: {error.strerror}. Get the right to write there, or use another run folder."
+            f"{folder} cannot be written: {error.strerror}. Get the right to write there, or use another folder."
         ) from None
 
 

@@ -1,0 +1,47 @@
+"""One job at a time works in a folder, and one that ended in any way holds up nobody."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from data.lock import LOCK, locked
+from model.errors import UserError
+
+PATIENCE = 60
+
+
+def hold_with_a_child(folder, ready, child):
+    with locked(folder):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(PATIENCE,))
+        worker.start()
+        child.value = worker.pid
+        ready.set()
+        time.sleep(PATIENCE)
+
+
+def test_a_second_holder_is_told_who_holds_it(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=rf"is in use by process {os.getpid()} since .*`kill"):
+        locked(tmp_path).__enter__()
+    (tmp_path / LOCK).write_text('{"host": "elsewhere", "pid": 7, "since": 0}')
+    with locked(tmp_path):
+        pass
+
+
+def test_a_killed_holder_holds_nobody_up_though_a_process_it_forked_lives_on(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, child = context.Event(), context.Value("i")
+    holder = context.Process(target=hold_with_a_child, args=(tmp_path, ready, child))
+    holder.start()
+    assert ready.wait(PATIENCE)
+    with pytest.raises(UserError, match=f"by process {holder.pid} since"):
+        locked(tmp_path).__enter__()
+    holder.kill()
+    holder.join()
+    os.kill(child.value, 0)
+    with locked(tmp_path):
+        os.kill(child.value, signal.SIGKILL)

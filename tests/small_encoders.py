@@ -1,0 +1,96 @@
+"""The pretrained encoders at small size with random weights, saved as transformers save them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from model.encoders.encodec import ARCHITECTURES
+
+CODEC = {"kind": "encodec", "sample_rate": 24_000, "frame_rate": 75, "quantizers": 4, "codebook_size": 64}
+STEREO = {"kind": "encodec", "sample_rate": 48_000, "frame_rate": 150, "quantizers": 3, "codebook_size": 256}
+MERT = {"kind": "mert", "sample_rate": 16_000, "frame_rate": 50, "layer": 2}
+CLAP = {"kind": "clap", "sample_rate": 48_000, "window_seconds": 10.0, "dim": 32}
+
+
+def save_encodec(folder: Path, stereo: bool = False) -> Path:
+    from transformers import EncodecConfig, EncodecModel
+
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    shape = {"num_filters": 4, "hidden_size": 16, "codebook_size": 64, "num_lstm_layers": 1}
+    # 6 bits a code: at 75 Hz 0.45 kbps a codebook, at 150 Hz 0.9.
+    config = EncodecConfig(**shape, target_bandwidths=[0.9, 1.8])
+    if stereo:
+        config = EncodecConfig(**ARCHITECTURES[2] | {**shape, "codebook_size": 256, "target_bandwidths": [2.4, 4.8]})
+    model = EncodecModel(config)
+    with torch.no_grad():
+        latent = model.encoder(noise(24_000, 1.0)[:1, None].expand(-1, config.audio_channels, -1))[0].T
+    first, *others = (layer.codebook.embed for layer in model.quantizer.layers)  # they are made as zeros
+    first.copy_(latent[torch.arange(len(first)) % len(latent)])
+    for embed in others:
+        embed.normal_().mul_(latent.std(0).mean() / 2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_mert(folder: Path) -> Path:
+    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(0)
+    config = HubertConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feature_extractor_cqt=False, deepnorm=False,
+    )  # fmt: skip
+    HubertModel(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(sampling_rate=16_000, do_normalize=True).save_pretrained(folder)
+    return folder
+
+
+def save_clap(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    tower = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 32}
+    config = ClapConfig(
+        text_config={"vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64, "pad_token_id": 1, **tower},
+        audio_config={
+            "patch_embeds_hidden_size": 8, "hidden_size": 64, "depths": [1, 1, 1, 1], "projection_dim": 32,
+            "num_attention_heads": [1, 1, 1, 1], "enable_fusion": False,
+        },
+        projection_dim=32,
+    )  # fmt: skip
+    model = ClapModel(config)
+    # Random towers are collapsed; strong token embeddings and layers pull texts apart.
+    for parameter in model.text_model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(15)
+    model.save_pretrained(folder)
+    ClapFeatureExtractor(frequency_min=50, truncation="rand_trunc").save_pretrained(folder)
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    tokenizer = Tokenizer(models.BPE({**words, **{chr(33 + index): 4 + index for index in range(94)}}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=60
+    ).save_pretrained(folder)
+    return folder
+
+
+def noise(rate: int, seconds: float, batch: int = 2) -> torch.Tensor:
+    return 0.3 * torch.randn(batch, round(seconds * rate), generator=torch.Generator().manual_seed(1)).clamp(-3, 3) / 3
+
+
+class Evil:
+    """Makes the folder `target` when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
