@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from data.steps.config import StepConfig
 from model.config import Config
 from model.fields import TokenField, common_period
 
@@ -74,6 +75,8 @@ class TokensConfig(Config):
     """Audio encoded at a time."""
     compression: str | None = Field(None, pattern=r"^(zstd|gz|br|bz2|snappy)(:\d+)?$")
     """How shards are compressed, such as zstd or zstd:9; not at all when not given."""
+    steps: list[StepConfig] = Field([])
+    """What is done to every clip beside its encoding, in this order."""
     upload: str | None = Field(None, pattern=r"^(s3|gs)://[^/]+/.+")
     """`s3://bucket/prefix` or `gs://bucket/prefix` the shards are kept at in place of the run folder."""
 

@@ -32,9 +32,9 @@ class FieldStatistics:
         return cls(np.zeros((token_field.quantizers, token_field.codebook_size), np.int64))
 
     def add(self, codes: np.ndarray) -> None:
-        """Counts the codes `[frames, quantizers]` of a record."""
+        """Counts the codes of a record: `[frames, quantizers]`, or `[frames]` of one quantizer."""
         size = self.counts.shape[1]
-        for quantizer, column in enumerate(codes.T):
+        for quantizer, column in enumerate(codes.reshape(len(codes), -1).T):
             found = np.bincount(column, minlength=size)
             self.counts[quantizer] += found[:size]
             self.outside += int(found[size:].sum())

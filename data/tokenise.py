@@ -23,6 +23,7 @@ from data.parts import Claims, Part, batches, plan_parts
 from data.progress import Progress
 from data.ranks import Ranks
 from data.shard_writer import Record, SplitWriter
+from data.steps import load_steps
 from data.tokeniser import Tokeniser
 from data.waves import Reader, Waves, read_ahead
 from model import artifact
@@ -72,26 +73,33 @@ def tokenise(
     Clips of other splits are not written: they are for evaluation. A clip that can no longer be read is left out and
     listed in `folder`/skipped.jsonl.
 
+    `config.steps` are the preprocessing steps.
+
     Returns what the manifest says (the token fields, lengths of the longest and of the shortest clip, length and hop of
     the embedding windows, records of each split) and the digests of the shards; both are empty but on rank 0, which
     returns last. A clip shorter than the others is cut to whole frames of all fields. Raises UserError when most clips
     of a part cannot be read.
     """
     ranks = ranks or Ranks()
-    tokeniser = Tokeniser(codec, embedding, quantizers, encoders)
+    tokeniser = Tokeniser(codec, embedding, quantizers, encoders, load_steps(config.steps))
     if encoders.check and ranks.leads:
         check_encoders(tokeniser.codec, tokeniser.semantic, tokeniser.joint)
     longest = read_clips(corpus, TRAIN)[0].seconds
-    clips = {
-        split: [tokeniser.aligned(clip, longest) for clip in read_clips(corpus, split, short=True)]
+    rows = [
+        tokeniser.aligned(clip, longest)
         for split in (TRAIN, VALIDATION)
-    }
+        for clip in read_clips(corpus, split, short=True)
+    ]
+    for step in tokeniser.steps:
+        rows = step.prepare(rows)
+    clips = {split: [clip for clip in rows if clip.split == split] for split in (TRAIN, VALIDATION)}
     parts = plan_parts(clips, config.shard_seconds)
     remote = config.upload and config.upload.rstrip("/")
     writers = {
         split: SplitWriter(
             folder / split,
             folder / artifact.WORK / split,
+            tokeniser.columns,
             compression=config.compression,
             remote=remote and f"{remote}/{split}",
         )
@@ -135,6 +143,7 @@ def _finish(
         "skipped": len(unread),
         "captions": any(clip.captions for clip in clips[TRAIN] if clip.seconds == clips[TRAIN][0].seconds),
         "remote": remote,
+        "steps": job.config.model_dump(mode="json")["steps"],
     }
     return info, digests
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from data.config import aligned_seconds
 from data.corpus import Clip
-from data.shard_writer import Record
+from data.shard_writer import COLUMNS, Record
+from data.steps.base import Step
 from data.waves import Kind, Waves
 from model.config import EncodersConfig
 from model.encoders import load_codec, load_joint_embedder, load_semantic_encoder
 from model.encoders.base import embed_windows
+from model.errors import UserError
 from model.fields import CONDITIONING, SEMANTIC, TokenField
 from model.kmeans import ResidualKMeans
 
@@ -27,21 +30,39 @@ from model.kmeans import ResidualKMeans
 class Tokeniser:
     """Encodes clips; several threads may do so at once."""
 
-    def __init__(self, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig) -> None:
-        """`codec`, `embedding` and `quantizers` are the artifacts with the fitted parts."""
+    def __init__(
+        self, codec: Path, embedding: Path, quantizers: Path, encoders: EncodersConfig, steps: Sequence[Step] = ()
+    ) -> None:
+        """`codec`, `embedding` and `quantizers` are the artifacts with the fitted parts; `steps` come before encoding.
+
+        Raises UserError where two steps make the same column.
+        """
         self.codec = load_codec(codec, encoders.codec)
         self.semantic = load_semantic_encoder(encoders.semantic)
         self.joint = load_joint_embedder(embedding, encoders.joint)
         self.config = encoders.joint
         self.conditioning_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", CONDITIONING)
         self.semantic_codes = ResidualKMeans.load(quantizers / "quantizers.safetensors", SEMANTIC)
+        self.steps = steps
+        self.columns = dict(COLUMNS)
+        """What the records hold, and how MDS stores it."""
+        for step in steps:
+            twice = self.columns.keys() & step.columns.keys()
+            if twice:
+                raise UserError(f"tokens.steps: two steps make the column {min(twice)}: leave one of them out.")
+            self.columns |= step.columns
         self._clock = Lock()
         self.encoding_seconds = 0.0
-        """Spent in the encoders so far, by all threads together."""
+        """Spent in the encoders and the steps so far, by all threads together."""
 
     @property
     def kinds(self) -> list[Kind]:
         """The audio that is needed of each clip."""
+        return [*self.encoder_kinds, *(kind for step in self.steps for kind in step.kinds)]
+
+    @property
+    def encoder_kinds(self) -> list[Kind]:
+        """What the codec, the semantic encoder and the joint embedder hear."""
         return [
             (self.codec.sample_rate, self.codec.channels),
             (self.semantic.sample_rate, 1),
@@ -50,6 +71,11 @@ class Tokeniser:
 
     @property
     def fields(self) -> list[TokenField]:
+        """All that the records hold."""
+        return [*self.encoder_fields, *(field for step in self.steps for field in step.fields)]
+
+    @property
+    def encoder_fields(self) -> list[TokenField]:
         conditioning, semantic = self.conditioning_codes, self.semantic_codes
         return [
             self.codec.field,
@@ -58,10 +84,10 @@ class Tokeniser:
         ]
 
     def aligned(self, clip: Clip, longest: float) -> Clip:
-        """`clip`, which where it is shorter than `longest` seconds ends with a frame of every field."""
+        """`clip`, which where it is shorter than `longest` seconds ends with a frame of every encoder's field."""
         if clip.seconds == longest:
             return clip
-        timed = [field for field in self.fields if field.name != CONDITIONING]
+        timed = [field for field in self.encoder_fields if field.name != CONDITIONING]
         return replace(clip, seconds=aligned_seconds(clip.seconds, timed))
 
     @torch.inference_mode()
@@ -70,11 +96,12 @@ class Tokeniser:
         if not batch.clips:
             return []
         started = time.perf_counter()
-        codec, semantic, joint = (batch.waves[kind] for kind in self.kinds)
+        batch, added = self._after_steps(batch)
+        codec, semantic, joint = (batch.waves[kind] for kind in self.encoder_kinds)
         acoustic = self.codec.encode(codec).cpu()
         features = self.semantic_codes.encode(self.semantic.features(semantic).cpu())
         conditioning = self.conditioning_codes.encode(embed_windows(self.joint, joint, self.config).cpu())
-        for codes, field in zip((acoustic, features), self.fields, strict=False):
+        for codes, field in zip((acoustic, features), self.encoder_fields, strict=False):
             _check(codes, field, batch.clips[0].seconds)
         text = self._text(batch.clips)
         with self._clock:
@@ -87,9 +114,22 @@ class Tokeniser:
                 "semantic": _stored(features[index]),
                 "acoustic": _stored(acoustic[index]),
                 "text_conditioning": _stored(text[index]),
+                **{column: values[index] for column, values in added.items()},
             }
             for index, clip in enumerate(batch.clips)
         ]
+
+    def _after_steps(self, batch: Waves) -> tuple[Waves, dict[str, Sequence[Any]]]:
+        """What the encoders hear, and what the steps add to the records."""
+        added: dict[str, Sequence[Any]] = {}
+        for step in self.steps:
+            batch = replace(batch, waves=step.audio(batch.waves))
+            made = step.arrays(batch)
+            for field in step.fields:
+                codes = torch.from_numpy(np.stack(made[field.name]).astype(np.int64))
+                _check(codes.view(*codes.shape[:2], -1), field, batch.clips[0].seconds)
+            added |= made
+        return batch, added
 
     def _text(self, clips: Sequence[Clip]) -> list[Tensor]:
         """Codes `[captions, quantizers]` of each clip's captions."""

@@ -209,6 +209,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     always += [(train, "cache") for train in trains]
     named = [(values["encoders"][name], "weights") for name in ("codec", "semantic", "joint")]
     named += [(values["encoders"]["joint"], "tokenizer")]
+    named += [(step, "weights") for step in values["tokens"]["steps"] if step["kind"] == "vocals"]
     for train in trains:
         named += [(train, "zero"), *((other, "tokens") for other in train["mix"])]
     # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.

@@ -8,8 +8,9 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
+from data.steps.config import TAG
 from model.errors import nearest
 
 EXPECTED = {
@@ -29,8 +30,8 @@ EXPECTED = {
     "model_attributes_type": "keys and values",
 }
 MUST = "it must be "
-UNION_TAG = re.compile(r"constrained-\w+|int|float|bool|str|(literal|dict|list|tuple)\[.*\]")
-"""What pydantic adds to the place of a value that may be of several kinds: the kind that it is not."""
+UNION_TAG = re.compile(rf"constrained-\w+|int|float|bool|str|(literal|dict|list|tuple)\[.*\]|{TAG}\S+")
+"""What pydantic adds to the place of a value that may be of several kinds: the kind that it is not, or that it is."""
 BOUNDS = {
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
@@ -66,6 +67,12 @@ def _line(problem: Any, name: str, model: type[BaseModel]) -> str:
         names = valid_names(model, parent)
         hint = nearest(str(last), names) or f" It can be {', '.join(names)}." if names else ""
         return f"{name} is not a key of a recipe.{hint}"
+    if kind == "union_tag_invalid":
+        allowed = context["expected_tags"].replace(TAG, "")
+        wrong = context["tag"].removeprefix(TAG)
+        return f"{name}.kind is {wrong!r}: it must be one of {allowed}.{_nearest_of(wrong, allowed)}"
+    if kind == "union_tag_not_found":
+        return f"{name}.kind is missing from the recipe."
     if kind == "missing":
         return f"{name} is missing from the recipe."
     if kind == "literal_error":
@@ -111,6 +118,9 @@ def _inner(annotation: Any, part: Any) -> Any:
         annotation = field.annotation if field else None
     elif typing.get_origin(annotation) in (list, dict):
         annotation = typing.get_args(annotation)[-1]
+    if typing.get_origin(annotation) is typing.Annotated and str(part).startswith(TAG):
+        choices = typing.get_args(typing.get_args(annotation)[0])
+        return next(typing.get_args(choice)[0] for choice in choices if Tag(part) in typing.get_args(choice))
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return next(choice for choice in typing.get_args(annotation) if choice is not type(None))
     return annotation

@@ -111,8 +111,10 @@ def quantizers(context: Context) -> dict[str, Any]:
 
 
 def tokens_keys(recipe: Recipe) -> dict[str, Any]:
+    from data.steps import steps_digests
+
     keys = picked("encoders.semantic", HOP, "tokens", without=("tokens.batch_seconds",))(recipe)
-    return {**keys, **_weights("semantic", recipe.encoders.semantic)}
+    return {**keys, **_weights("semantic", recipe.encoders.semantic), **steps_digests(recipe.tokens.steps)}
 
 
 def tokens(context: Context) -> dict[str, Any]:

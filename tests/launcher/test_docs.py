@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from data.config import DataConfig, TokensConfig
+from data.steps.config import CaptionsConfig, ChromaConfig, FeaturesConfig, VocalsConfig
 from launcher.recipe import EvaluationConfig, Recipe
 from model.config import (
     CodecConfig,
@@ -41,11 +42,17 @@ TABLES = {
     "`sampling`": SamplingConfig,
     "`evaluation`": EvaluationConfig,
 }
+STEPS = {
+    "`vocals`": VocalsConfig,
+    "`chroma`": ChromaConfig,
+    "`features`": FeaturesConfig,
+    "`captions`": CaptionsConfig,
+}
 
 
-def rows(heading: str) -> dict[str, str]:
+def rows(heading: str, page: str = "recipes.md") -> dict[str, str]:
     """Key → default of the first table after a line that begins with `heading`."""
-    text = (DOCS / "recipes.md").read_text()
+    text = (DOCS / page).read_text()
     after = re.split(rf"(?m)^(?:## )?{re.escape(heading)}(?=[\s,:]|$)", text)[1]
     table = after[after.index("| key") :].split("\n\n")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
@@ -64,6 +71,17 @@ def test_every_key_is_documented_with_its_default(heading: str, config: type[Con
         {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation"} if config is Recipe else set()
     )
     assert set(documented) - {"stage_defaults"} == set(config.model_fields) - sections
+    check_defaults(documented, config)
+
+
+@pytest.mark.parametrize(("heading", "config"), STEPS.items(), ids=STEPS.keys())
+def test_every_key_of_a_step_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
+    documented = rows(heading, "steps.md")
+    assert {*documented, "kind"} == set(config.model_fields)
+    check_defaults(documented, config)
+
+
+def check_defaults(documented: dict[str, str], config: type[Config]) -> None:
     for key, shown in documented.items():
         field = config.model_fields.get(key)
         if field is None or shown == "–" or config is SamplingConfig:
