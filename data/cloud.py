@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from model.errors import UserError
@@ -62,17 +64,34 @@ def fetch(url: str, file: IO[bytes], offset: int = 0, size: int | None = None) -
             shutil.copyfileobj(client.get_object(Bucket=bucket, Key=key, Range=stretch)["Body"], file)
 
 
+def read(url: str) -> bytes:
+    """The bytes of an object. Raises as `fetch` does."""
+    content = io.BytesIO()
+    fetch(url, content)
+    return content.getvalue()
+
+
+def store(path: Path, url: str) -> None:
+    """Copies a local file to `url`, in place of what is there. Raises PermissionError or UserError as `fetch` does."""
+    with _plain(url):
+        client, bucket, key = _opened(url)
+        if url.startswith("gs://"):
+            client.bucket(bucket).blob(key).upload_from_filename(str(path))
+        else:
+            client.upload_file(str(path), bucket, key)
+
+
 def _opened(url: str) -> tuple[Any, str, str]:
     """The library's own client, the bucket and the key of an address."""
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     settings = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "GOOGLE_APPLICATION_CREDENTIALS")
-    return _client(scheme, tuple(map(os.environ.get, settings))), bucket, key
+    return _client(scheme, os.getpid(), tuple(map(os.environ.get, settings))), bucket, key
 
 
 @functools.lru_cache
-def _client(scheme: str, _settings: tuple[str | None, ...]) -> Any:
-    """A client for what the environment says now."""
+def _client(scheme: str, _process: int, _settings: tuple[str | None, ...]) -> Any:
+    """A client for what the environment says now. Its connections are not for a fork of this process to use as well."""
     import cloudpathlib
 
     return (cloudpathlib.GSClient() if scheme == "gs" else cloudpathlib.S3Client()).client
@@ -102,7 +121,7 @@ def _plain_s3(url: str) -> Iterator[None]:
         what = f"there is no bucket {url.split('/')[2]}" if code == "NoSuchBucket" else str(error)
         raise UserError(f"{url} cannot be read: {what}. Check its name and {AWS}.") from None
     except (BotoCoreError, Boto3Error) as error:
-        raise UserError(f"{url} cannot be read: {error}. Check {AWS}.") from None
+        raise UserError(f"{url} cannot be used: {error}. Check {AWS}.") from None
 
 
 @contextlib.contextmanager
@@ -117,4 +136,4 @@ def _plain_gs(url: str) -> Iterator[None]:
     except (Forbidden, Unauthorized):
         raise PermissionError(errno.EACCES, f"access is refused; check {GOOGLE}", url) from None
     except (GoogleAPICallError, GoogleAuthError) as error:
-        raise UserError(f"{url} cannot be read: {error}. Check {GOOGLE}.") from None
+        raise UserError(f"{url} cannot be used: {error}. Check {GOOGLE}.") from None

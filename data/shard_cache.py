@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.util import retry
 from streaming.base.world import World
 
-from data.bucket import FAILURES
-from data.token_corpus import HASH, INDEX, TokenCorpus
+from data.token_corpus import HASH, INDEX, TokenCorpus, stored_bytes
 from model import artifact
 from model.errors import UserError
 
@@ -100,28 +98,17 @@ class CachedStream(Stream):
 
     def _fetch(self, info: FileInfo) -> bytes | None:
         """What is stored of a shard; None where it comes damaged each time."""
-        name = f"{info.basename}{PARTIAL}"
         for _ in range(READS):
-            path = self._folder / name
-            path.unlink(missing_ok=True)
-            self._download(info.basename, path)
-            data = path.read_bytes()
-            path.unlink()
+            data = self._read(f"{self.place}/{info.basename}")
             hash_ = info.hashes.get(HASH)
             if len(data) == info.bytes and (hash_ is None or get_hash(HASH, data) == hash_):
                 return data
         return None
 
-    def _download(self, name: str, path: Path) -> None:
-        address = f"{self.place}/{name}"
-        download = retry(clean_up_fn=self._downloader.clean_up, num_attempts=ATTEMPTS, initial_backoff=BACKOFF_SECONDS)(
-            lambda: self._downloader.download(address, str(path), self.download_timeout)
-        )
+    def _read(self, address: str) -> bytes:
         try:
-            download()
-        except (*FAILURES, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            return retry((OSError, UserError), None, ATTEMPTS, BACKOFF_SECONDS)(stored_bytes)(address)
+        except (OSError, UserError) as error:
             raise UserError(f"the shard {address} could not be fetched in {ATTEMPTS} attempts: {error}") from None
 
 

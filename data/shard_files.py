@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloudpathlib import AnyPath
 from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 
-from data.shard_writer import INDEX
+from data.token_corpus import INDEX, stored_bytes
 from model.errors import UserError
 
 
@@ -49,7 +48,7 @@ class ShardFile:
 
     def _content(self) -> bytes:
         try:
-            content = AnyPath(self.place).read_bytes()
+            content = stored_bytes(self.place)
         except FileNotFoundError:
             raise UserError(f"{self.place} is missing.") from None
         if len(content) != self.stored["bytes"]:

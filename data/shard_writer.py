@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cloudpathlib import AnyPath
 from streaming import MDSWriter
 
+from data.cloud import store
+from data.token_corpus import COLUMNS_FILE, INDEX
 from model import artifact
 
-INDEX = "index.json"
-MANIFEST_COLUMNS = "columns.json"
 COLUMNS = {
     "id": "str",
     "captions": "str",
@@ -114,9 +113,9 @@ class SplitWriter:
         rows = [row for commit in commits for row in commit["rows"]]
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
-        (self.folder / MANIFEST_COLUMNS).write_text(json.dumps(columns, ensure_ascii=False))
+        (self.folder / COLUMNS_FILE).write_text(json.dumps(columns, ensure_ascii=False))
         if self.remote:
-            upload(self.folder, self.remote, INDEX, MANIFEST_COLUMNS)
+            upload(self.folder, self.remote, INDEX, COLUMNS_FILE)
         digests = {name: digest for commit in commits for name, digest in commit.get("files", {}).items()}
         return digests, [row for commit in commits for row in commit["skipped"]]
 
@@ -132,9 +131,9 @@ def write_records(folder: Path, records: Iterable[Record], rows: Sequence[dict[s
 
 
 def upload(folder: Path, remote: str, *names: str) -> None:
-    """Copies files of `folder` to the address `remote`."""
+    """Copies files of `folder` to the address `remote`. Raises as `cloud.store` does."""
     for name in names:
-        AnyPath(f"{remote}/{name}").upload_from(folder / name, force_overwrite_to_cloud=True)  # type: ignore[union-attr]
+        store(folder / name, f"{remote}/{name}")
 
 
 def _without_empty_arrays(record: Record) -> Record:

@@ -5,6 +5,7 @@ Imports neither torch nor mosaicml-streaming.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data import cloud
 from model import artifact
 from model.errors import UserError
 from model.fields import CONDITIONING
@@ -23,7 +25,6 @@ KIND = "tokens"
 TRAIN, VALIDATION = "train", "validation"
 INDEX = "index.json"
 COLUMNS_FILE = "columns.json"
-BUCKET = "s3://"
 HASH = "xxh64"
 """What shards that are fetched are checked by."""
 INPUTS = ("codec", "embedding", "quantizers")
@@ -104,36 +105,36 @@ def shard_file(entry: Mapping[str, Any]) -> dict[str, Any]:
     return entry["zip_data"] or entry["raw_data"]
 
 
+def stored_bytes(address: str) -> bytes:
+    """The contents of a shard file as it is stored, here or in a bucket. Raises OSError, and UserError as
+    `cloud.fetch` does."""
+    return cloud.read(address) if cloud.is_remote(address) else Path(address).read_bytes()
+
+
 def artifact_manifest(address: str) -> tuple[str, dict[str, Any]]:
-    """The token artifact that `address` names, a tokens folder, a run folder that has one, or `s3://bucket/prefix` of
-    one, and its manifest. Raises UserError where there is none."""
-    if not address.startswith(BUCKET):
+    """The token artifact that `address` names, a tokens folder, a run folder that has one, or an address in cloud
+    storage of one, and its manifest. Raises UserError where there is none."""
+    if not cloud.is_remote(address):
         folder = Path(address)
         folder = folder if (folder / artifact.MANIFEST).exists() or not (folder / KIND).exists() else folder / KIND
         return str(folder), artifact.read(folder, KIND).manifest
-    from data import bucket
-
     address = address.rstrip("/")
-    text = bucket.read(f"{address}/{artifact.MANIFEST}")
     try:
-        manifest = json.loads(text or b"")
+        manifest = json.loads(cloud.read(f"{address}/{artifact.MANIFEST}"))
         if manifest["kind"] == KIND:
             return address, manifest
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         pass
     raise UserError(f"{address} holds no token artifact: {artifact.MANIFEST} is missing there, damaged or of others.")
 
 
 def copy_metadata(address: str, folder: Path) -> None:
     """Fetches from a bucket what says what an artifact's training shards hold: manifest, index and columns."""
-    from data import bucket
-
     shutil.rmtree(folder, ignore_errors=True)
     (folder / TRAIN).mkdir(parents=True)
     for name in (f"{TRAIN}/{INDEX}", f"{TRAIN}/{COLUMNS_FILE}", artifact.MANIFEST):
-        content = bucket.read(f"{address}/{name}")
-        if content is not None:
-            (folder / name).write_bytes(content)
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).write_bytes(cloud.read(f"{address}/{name}"))
 
 
 def disagreements(own: TokenCorpus, other: TokenCorpus) -> Iterator[str]:
@@ -154,6 +155,9 @@ def disagreements(own: TokenCorpus, other: TokenCorpus) -> Iterator[str]:
         first, second = (corpus.manifest["inputs"].get(part) for corpus in (own, other))
         if first != second:
             yield f"{where}: the {part} that made them differs (fingerprints {first} and {second})."
+    first, second = (corpus.info.get("encoders", {}).get("semantic") for corpus in (own, other))
+    if first != second:
+        yield f"{where}: the semantic encoder that made them differs (fingerprints {first} and {second})."
 
 
 def index_problems(corpus: TokenCorpus, split: str) -> Iterator[str]:
@@ -179,9 +183,8 @@ def _stored(corpus: TokenCorpus, split: str, entry: Mapping[str, Any]) -> str:
 
 
 def _remote_problems(corpus: TokenCorpus, split: str, index: list[dict[str, Any]]) -> Iterator[str]:
-    from data import bucket
-
-    there = bucket.sizes(corpus.place(split))
+    place = corpus.place(split)
+    there = {url.removeprefix(f"{place}/"): size for url, size, _ in cloud.objects(f"{place}/")}
     for entry in index:
         file, name = shard_file(entry), _stored(corpus, split, entry)
         if HASH not in file["hashes"]:

@@ -212,7 +212,7 @@ class _Job:
                 f"{unread[0].reason}\nIs the disk or the bucket of data.audio still there? The same command goes on."
             )
         records = [record for _, rows in encoded for record in rows]
-        rows = [{"seconds": clip.seconds, **clip.columns} for clip in clips]
+        rows = [{**clip.columns, "seconds": clip.seconds} for clip in clips]
         self.writers[part.split].write(part.number, records, rows, [asdict(one) for one in unread])
 
     def _done(self) -> set[tuple[str, int]]:

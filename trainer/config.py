@@ -17,7 +17,7 @@ class MixConfig(Config):
     """Tokens that are trained on beside the run's own."""
 
     tokens: str
-    """A tokens folder, a run folder that has one, or `s3://bucket/prefix` of one."""
+    """A tokens folder, a run folder that has one, or `s3://bucket/prefix` or `gs://bucket/prefix` of one."""
     weight: PositiveFloat = 1.0
     """Its part of the windows, relative to the others' and to own_weight."""
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.cloud import is_remote
 from data.mixture import Mixture, Selection
 from data.shard_cache import fetch_split, least_cache
 from data.token_corpus import (
-    BUCKET,
     TRAIN,
     VALIDATION,
     TokenCorpus,
@@ -86,7 +86,7 @@ def prepare(setup: StageSetup, engine: Engine) -> None:
 
 def _other(setup: StageSetup, number: int) -> TokenCorpus:
     address = setup.config.train.mix[number].tokens
-    if address.startswith(BUCKET):
+    if is_remote(address):
         return TokenCorpus.read(_metadata(setup, number), address.rstrip("/"))
     return TokenCorpus.read(Path(artifact_manifest(address)[0]))
 
@@ -98,7 +98,7 @@ def _metadata(setup: StageSetup, number: int) -> Path:
 def _fetch_metadata(setup: StageSetup) -> None:
     """Also removes what was kept of corpora that are no longer used."""
     for number, other in enumerate(setup.config.train.mix):
-        if other.tokens.startswith(BUCKET):
+        if is_remote(other.tokens):
             address, _ = artifact_manifest(other.tokens)
             copy_metadata(address, _metadata(setup, number))
     used = {corpus.fingerprint for corpus in mixture(setup).corpora}

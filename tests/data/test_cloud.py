@@ -4,6 +4,7 @@ S3 is tested with the sources, against a real server, but for what that never re
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,9 @@ from model.errors import UserError
 OBJECTS = {"music/a.wav": b"0123456789", "music/sub/b.wav": b"abc", "other/c.wav": b""}
 
 
+stored: dict[str, bytes] = {}
+
+
 class Blob:
     def __init__(self, name: str) -> None:
         self.name, self.size, self.etag = name, len(OBJECTS.get(name, b"")), f"tag of {name}"
@@ -26,6 +30,9 @@ class Blob:
         if self.name not in OBJECTS:
             raise NotFound("no")
         file.write(OBJECTS[self.name][start or 0 : None if end is None else end + 1])
+
+    def upload_from_filename(self, path: str) -> None:
+        stored[self.name] = Path(path).read_bytes()
 
 
 class Client:
@@ -40,7 +47,7 @@ class Client:
 
 @pytest.fixture(autouse=True)
 def client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud, "_client", lambda scheme, settings: Client())
+    monkeypatch.setattr(cloud, "_client", lambda *settings: Client())
 
 
 def test_listing_and_reading() -> None:
@@ -58,7 +65,7 @@ def test_faults_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="gs://nowhere/ cannot be listed: access is refused; check the Google credent"):
         storage.files_below("gs://nowhere/")
 
-    def none(scheme: str, settings: Any) -> Any:
+    def none(*settings: Any) -> Any:
         raise DefaultCredentialsError("none found")
 
     monkeypatch.setattr(cloud, "_client", none)
@@ -70,9 +77,15 @@ def test_keys_that_s3_refuses_are_one_plain_line(monkeypatch: pytest.MonkeyPatch
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise ClientError({"Error": {"Code": "InvalidAccessKeyId"}}, "ListObjectsV2")
 
-    monkeypatch.setattr(cloud, "_client", lambda scheme, settings: SimpleNamespace(get_paginator=refuse))
+    monkeypatch.setattr(cloud, "_client", lambda *settings: SimpleNamespace(get_paginator=refuse))
     with pytest.raises(
         UserError, match=r"access is refused \(InvalidAccessKeyId\); check the AWS credentials"
     ) as error:
         storage.files_below("s3://here/music")
     assert "\n" not in str(error.value)
+
+
+def test_storing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    cloud.store(tmp_path / "a", "gs://here/there/a")
+    assert stored == {"there/a": b"content"}

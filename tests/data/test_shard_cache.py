@@ -144,15 +144,16 @@ def test_a_damaged_shard_is_named(
 def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(
     stored: tuple[TokenCorpus, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    download, damaged = shard_cache.CachedStream._download, []
+    read_stored, damaged = shard_cache.stored_bytes, []
 
-    def badly(stream: Any, name: str, path: Path) -> None:
-        download(stream, name, path)
-        if name not in damaged:
-            damaged.append(name)
-            path.write_bytes(flip_one_bit(path.read_bytes()))
+    def badly(address: str) -> bytes:
+        content = read_stored(address)
+        if address in damaged:
+            return content
+        damaged.append(address)
+        return flip_one_bit(content)
 
-    monkeypatch.setattr(shard_cache.CachedStream, "_download", badly)
+    monkeypatch.setattr(shard_cache, "stored_bytes", badly)
     found = loader([stored[0]], tmp_path / "cache")
     assert windows(found) == windows(loader([read(stored[1])], None))
     assert len(damaged) == len(stored[0].index("train"))
