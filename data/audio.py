@@ -186,17 +186,17 @@ def _read_from(file: Decoder, first: int, frames: int) -> np.ndarray:
 
 def _skip_to(file: Decoder, first: int) -> int:
     """Goes to `first`. Raises AudioError ("wrong times", or "truncated") where the file ends before."""
+    if not first:
+        return 0
     seconds = first / file.sample_rate
-    if first and (not file.promised or first < file.promised):
-        try:
+    try:
+        if not file.promised or first < file.promised:
             file.seek(first)
-        except DamageError:
-            if file.promised:
-                raise AudioError("truncated", f"it cannot be read at {seconds:g} s, where it should start") from None
-            first = -1
-    if first < 0 or (file.promised and first >= file.promised):
-        raise AudioError("wrong times", f"it ends before the start asked for, {seconds:g} s")
-    return first
+            return first
+    except DamageError:
+        if file.promised:
+            raise AudioError("truncated", f"it cannot be read at {seconds:g} s, where it should start") from None
+    raise AudioError("wrong times", f"it ends before the start asked for, {seconds:g} s")
 
 
 def _decode_to(file: Decoder, first: int) -> int:

@@ -88,6 +88,7 @@ def _plain(url: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _plain_s3(url: str) -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -100,7 +101,7 @@ def _plain_s3(url: str) -> Iterator[None]:
             raise PermissionError(errno.EACCES, f"access is refused ({code}); check {AWS}", url) from None
         what = f"there is no bucket {url.split('/')[2]}" if code == "NoSuchBucket" else str(error)
         raise UserError(f"{url} cannot be read: {what}. Check its name and {AWS}.") from None
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise UserError(f"{url} cannot be read: {error}. Check {AWS}.") from None
 
 

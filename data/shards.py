@@ -1,33 +1,34 @@
 """The seam to mosaicml-streaming: reading token shards (MDS), each rank its own part. `data.shard_writer` writes them.
 
-streaming is imported in these two and nowhere else.
+streaming is imported in `data.*shard*` and in `data.shared_names`, and nowhere else.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import fcntl
 import json
-import os
-import secrets
-import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import numpy as np
+from numpy.typing import NDArray
 from streaming import LocalDataset, StreamingDataset
-from streaming.base import dataset as streaming_dataset
-from streaming.base.shared import prefix as streaming_prefix
+from streaming.base.dataset import _ShardState
 
-from model import artifact
+from data.epochs import Epochs
+from data.shard_cache import InPlaceStream, fetches_at_once, largest_shard, open_stream
+from data.shared_names import claim_names
+from data.token_corpus import INDEX, TokenCorpus
+from model.errors import UserError
 
-INDEX = "index.json"
-SHARED_MEMORY = Path("/dev/shm")
 NO_CAPTIONS = "[]"
-JOB_NAME = "stretto-"
-LOCK = ".lock"
+SHARDS_AHEAD = 2
+"""Shards that a process fetches before it needs them."""
+RECORDS_AHEAD = 1024
+"""How far it looks for them."""
 
 
 def count_records(folder: Path) -> int:
@@ -38,62 +39,132 @@ def count_records(folder: Path) -> int:
 def first_records(folder: Path, count: int) -> list[dict[str, Any]]:
     """The first `count` records of `folder`, or all where there are fewer, read by this process alone."""
     records = LocalDataset(str(folder))
-    return [records[number] for number in range(min(count, len(records)))]
+    return [_without_padding(records[number]) for number in range(min(count, len(records)))]
 
 
-def check_shards(tokens: Path, rank: int, world_size: int) -> list[str]:
-    """What is wrong with this rank's share of the files of the token artifact `tokens`, in words that name them.
+def _without_padding(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it was given to be written."""
+    if record["captions"] == NO_CAPTIONS:
+        record["text_conditioning"] = record["text_conditioning"][:0]
+    return record
 
-    Each rank digests every `world_size`-th file, so all ranks together read each file once; the reader must bring
-    their findings together. Raises UserError where `tokens` is no artifact.
-    """
-    return artifact.problems(artifact.read(tokens, "tokens"), share=(rank, world_size))
+
+Cut = Callable[[dict[str, Any], int, str], Any]
+"""What is made of a record, given the epoch and the key by which all that is random about it is drawn."""
 
 
 class Shards(StreamingDataset):
-    """The records of local shards, each passed through `cut(record, epoch)`, in an order drawn by `seed` and the epoch.
+    """The records of one split of some corpora, each passed through `cut(record, epoch, key)`, as `epochs` has them.
 
     Each rank, and on it each loader worker, iterates over a part of its own; all ranks must start an epoch together.
-    An epoch has `records` records over all ranks: with fewer than there are, some others are left out each time; with
-    more, some come twice. Any `n` records that follow each other in that order are the next of all ranks together,
-    however many ranks and nodes they are and however large their batches, as long as these divide `n`.
+    Any `n` records that follow each other in an epoch are the next of all ranks together, however many ranks and nodes
+    they are and however large their batches, as long as these divide `n`.
+
+    Shards that are cached go to `cache`, whose folder is this dataset's alone, and of them at most `cache_limit` bytes
+    stay there. The key of a record is its id, in corpora after the first with the corpus's fingerprint, and where it
+    comes again within an epoch with the number of times before.
     """
 
     def __init__(
         self,
-        folder: Path,
-        cut: Callable[[dict[str, Any], int], Any],
+        corpora: Sequence[TokenCorpus],
+        split: str,
+        cut: Cut,
+        epochs: Epochs,
         *,
-        records: int,
         batch: int,
-        seed: int,
-        shuffle: bool,
+        workers: int = 0,
+        cache: Path | None = None,
+        cache_limit: int | None = None,
     ) -> None:
-        _claim_names()
+        claim_names()
+        streams = [open_stream(corpus, split, cache) for corpus in corpora]
+        self.cut, self.epochs = cut, epochs
+        self._origins = ["", *(f"{corpus.fingerprint} " for corpus in corpora[1:])]
+        self._in_place = [isinstance(stream, InPlaceStream) for stream in streams]
+        if cache_limit is not None:
+            if all(self._in_place):
+                raise ValueError("a cache limit without shards that are cached")
+            # streaming counts a shard once it is there, not while it is being fetched.
+            cache_limit -= fetches_at_once(workers) * largest_shard(corpora, split)
         super().__init__(
-            local=str(folder.absolute()),
+            streams=streams,
             batch_size=batch,
-            epoch_size=records,
-            shuffle=shuffle,
-            shuffle_algo="py1e",
-            shuffle_seed=seed,
-            sampling_method="balanced" if shuffle else "fixed",
+            shuffle=False,  # `epochs` says what comes when
             num_canonical_nodes=1,  # one order of all records; with more it would depend on the job's nodes
-            # Its threads look this far ahead for shards to fetch. All are here, so let them look to the end and go:
-            # a thread that waits for an epoch nobody finishes would keep the process from ending.
-            predownload=max(records, batch),
+            cache_limit=cache_limit,
         )
-        self.cut = cut
+        if cache_limit is not None and self._unique_rank_world.is_local_leader:
+            while self.cache_usage > cache_limit:  # an earlier job's was higher
+                self.evict_coldest_shard()
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """What streaming asks for the records of an epoch. It shuffles nothing, so that sizes of shards do not matter;
+        and it looks at `epoch_size` next, which is each epoch's own."""
+        numbers = self.epochs.draw(epoch)
+        self.epoch_size = len(numbers)
+        return np.empty(0, np.int64), numbers
+
+    def __iter__(self) -> Iterator[Any]:
+        """streaming's own would end an epoch early, without a word, when a shard cannot be fetched."""
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        epoch, records = self._resume_incr_epoch()
+        numbers = self._get_work(epoch, records)
+        for number in self._fetched(numbers[numbers >= 0]):
+            again, place = divmod(int(number), self.num_samples)
+            record = _without_padding(self.get_item(place))
+            origin = self._origins[self.stream_per_shard[self.spanner[place][0]]]
+            yield self.cut(record, epoch, f"{origin}{record['id']}" + (f" {again}" if again else ""))
+
+    def _fetched(self, numbers: NDArray[np.int64]) -> Iterator[int]:
+        """`numbers`, each once its shard is there, while those of the next ones are fetched."""
+        if all(self._in_place):
+            yield from numbers
+            return
+        waiting: deque[tuple[int, int]] = deque()
+        fetching: dict[int, Future[None]] = {}
+        pool = ThreadPoolExecutor(1, "shards")
+
+        def first() -> int:
+            number, shard = waiting.popleft()
+            if shard in fetching:
+                fetching.pop(shard).result()
+            return number
+
+        try:
+            for number in numbers:
+                shard = int(self.spanner[int(number) % self.num_samples][0])
+                missing = shard not in fetching and not self._there(shard)
+                while len(waiting) >= RECORDS_AHEAD or (missing and len(fetching) >= SHARDS_AHEAD):
+                    yield first()
+                if missing:
+                    fetching[shard] = pool.submit(self.prepare_shard, shard)
+                waiting.append((number, shard))
+            while waiting:
+                yield first()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _there(self, shard: int) -> bool:
+        """Whether a shard can be read now; one that can is kept for longer."""
+        if self._in_place[self.stream_per_shard[shard]]:
+            return True
+        if self._shard_states[shard] != _ShardState.LOCAL:
+            return False
+        self._shard_access_times[shard] = time.time_ns()
+        return True
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Nothing: the shards are local and stay. (The library would take a file lock for every record.)"""
-
-    def __getitem__(self, at: Any) -> Any:
-        record = super().__getitem__(at)
-        if record["captions"] == NO_CAPTIONS:
-            record["text_conditioning"] = record["text_conditioning"][:0]
-        # next_epoch lies in memory that loader workers share; it is raised as an epoch starts.
-        return self.cut(record, self.next_epoch - 1)
+        """Sees to it that a shard is in the cache. Where it cannot be had, streaming alone would let others that need
+        it wait for ever."""
+        if self._in_place[self.stream_per_shard[shard_id]]:
+            return
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except (UserError, OSError):
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
 
     def resume(self, epoch: int, records: int) -> None:
         """Lets the next iteration go on in `epoch`, after `records` records over all ranks. Every rank must call it."""
@@ -106,72 +177,3 @@ class Shards(StreamingDataset):
                 "shuffle_seed": self.shuffle_seed,
             }
         )
-
-
-def world_size() -> int:
-    """Ranks of this job, by the environment that streaming reads.
-
-    Raises RuntimeError where its launcher left that incomplete: every rank would take itself for the first of its node.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and ("LOCAL_WORLD_SIZE" not in os.environ or not dist.is_initialized()):
-        raise RuntimeError("Set LOCAL_WORLD_SIZE and initialise the process group before shards are opened.")
-    return ranks
-
-
-_job: str | None = None
-
-
-def _claim_names() -> None:
-    """Gives the shared memory and lock files of this job names that no other job has.
-
-    streaming counts names up from 000000 for the whole machine, so jobs that start, or end, at the same moment trip
-    over each other, and what a killed job leaves stays. Here the names begin with the job's own, and every process of a
-    job holds a lock that the system lets go when it dies, however it dies: leftovers are the names whose lock is free.
-    """
-    global _job
-    if _job is not None:
-        return
-    names = [f"{JOB_NAME}{os.getpid()}-{secrets.token_hex(4)}"]
-    if world_size() > 1:
-        dist.broadcast_object_list(names)
-    _job = job = names[0]
-
-    def path(prefix_int: int, name: str) -> str:
-        return f"{job}-{prefix_int:06}_{name}"
-
-    streaming_prefix._get_path = streaming_dataset._get_path = path
-    if SHARED_MEMORY.is_dir():
-        remove_leftovers()
-        lock = (SHARED_MEMORY / f"{job}{LOCK}").open("w")
-        fcntl.flock(lock, fcntl.LOCK_SH)
-
-        def leave() -> None:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # not left to the end of the process: a loader worker may hold it open
-            lock.close()
-            remove_leftovers()  # of this job too, if this was its last process
-
-        atexit.register(leave)
-
-
-def remove_leftovers() -> None:
-    """Removes the shared memory and lock files of jobs of ours that are dead. Another user's are not ours to remove."""
-    for lock in SHARED_MEMORY.glob(f"{JOB_NAME}*{LOCK}"):
-        with contextlib.suppress(FileNotFoundError, PermissionError), _free(lock) as free:
-            if free:
-                for folder in (Path(tempfile.gettempdir()), SHARED_MEMORY):
-                    for path in folder.glob(f"{lock.name.removesuffix(LOCK)}-*"):
-                        path.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _free(lock: Path) -> Iterator[bool]:
-    """Whether nobody holds `lock`; if so it is held meanwhile."""
-    with lock.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.epochs import Epochs, InOrder
+from data.mixture import Mixture
 from data.processes import die_with_parent
-from data.shards import Shards, count_records, world_size
-from model import artifact
+from data.shards import Shards
+from data.shared_names import world_size
 from model.errors import UserError
 from model.fields import CONDITIONING, TokenField, common_period
 
@@ -31,7 +33,7 @@ DRAW = "draw"
 
 @dataclass(frozen=True)
 class Cut:
-    """Cuts a window out of a record. Everything random in it is a pure function of (seed, epoch, clip id)."""
+    """Cuts a window out of a record. Everything random in it is a pure function of (seed, epoch, key of the clip)."""
 
     fields: tuple[TokenField, ...]
     """Fields to cut, without the conditioning."""
@@ -88,8 +90,9 @@ class Cut:
         """Frames of each field in a window of `seconds`. Fractions take long: most of the time of a cut."""
         return {field.name: field.frames(self.seconds) for field in self.fields}
 
-    def __call__(self, record: dict[str, Any], epoch: int) -> Window:
-        place, choice, text, draw = _draws(self.seed, 0 if self.fixed else epoch, record["id"])
+    def __call__(self, record: dict[str, Any], epoch: int, key: str) -> Window:
+        """The window of `record` in `epoch`; `key` is its id, with more where that does not tell it from others."""
+        place, choice, text, draw = _draws(self.seed, 0 if self.fixed else epoch, key)
         seconds = self.length(record)
         whole = seconds == self.seconds
         frames = self._frames if whole else {field.name: field.frames(seconds) for field in self.fields}
@@ -122,9 +125,9 @@ class Cut:
         return min(max(round(nearest), 0), rows - 1)
 
 
-def _draws(seed: int, epoch: int, name: str) -> tuple[float, float, float, int]:
+def _draws(seed: int, epoch: int, key: str) -> tuple[float, float, float, int]:
     """Three numbers in [0, 1) and one of 63 bits, the same on every machine and with every version of numpy."""
-    digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=32).digest()
+    digest = hashlib.blake2b(f"{seed} {epoch} {key}".encode(), digest_size=32).digest()
     words = [int.from_bytes(digest[at : at + 8], "little") for at in (0, 8, 16, 24)]
     first, second, third = ((word >> 11) / 2**53 for word in words[:3])
     return first, second, third, words[3] >> 1
@@ -144,9 +147,9 @@ class WindowLoader:
     goes on with an epoch left halfway.
     """
 
-    def __init__(self, shards: Shards, batch: int, batches: int, workers: int, packed: bool) -> None:
+    def __init__(self, shards: Shards, batch: int, workers: int, shuffle: bool, packed: bool) -> None:
         self.epoch = 0
-        self._shards, self._batches = shards, batches
+        self._shards, self._batch, self._shuffle = shards, batch, shuffle
         self._ranks = world_size()
         self._records = 0
         """Records all ranks have had of this epoch."""
@@ -163,20 +166,25 @@ class WindowLoader:
         )
 
     def __len__(self) -> int:
-        """Batches a whole epoch on this rank."""
-        return self._batches
+        """Batches of the whole of `epoch` on this rank."""
+        return -(-self._shards.epochs.size(self.epoch) // (self._batch * self._ranks))
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._shards.shuffle:
+        if not self._shuffle:
             self.epoch = self._records = 0
         if self._records or self._moved:
             self._shards.resume(self.epoch, self._records)
             self._moved = False
         else:
             self._shards.next_epoch = self.epoch
-        for batch in self._loader:
-            self._count(len(batch) if isinstance(batch, list) else len(next(iter(batch.values()))))
-            yield batch
+        try:
+            for batch in self._loader:
+                self._count(len(batch) if isinstance(batch, list) else len(next(iter(batch.values()))))
+                yield batch
+        except UserError as error:  # of a worker it comes with the worker's stack
+            raise UserError(
+                str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
+            ) from None
 
     def close(self) -> None:
         """Ends the workers. Where Python is left to find them in a cycle, each may be waited for in vain for 5 s."""
@@ -184,7 +192,7 @@ class WindowLoader:
 
     def _count(self, records: int) -> None:
         self._records += records * self._ranks
-        if self._records >= self._shards.epoch_size:
+        if self._records >= self._shards.epochs.size(self.epoch):
             self.epoch, self._records = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
@@ -198,7 +206,7 @@ class WindowLoader:
 
 
 def window_loader(
-    tokens: Path,
+    tokens: Path | Mixture,
     split: str,
     fields: list[str],
     window_seconds: float,
@@ -211,8 +219,10 @@ def window_loader(
     shuffle: bool = True,
     packed: bool = False,
     at_most: int | None = None,
+    cache: Path | None = None,
+    cache_limit: int | None = None,
 ) -> WindowLoader:
-    """Windows of `window_seconds` of the token artifact `tokens`, `batch` for each rank at a time.
+    """Windows of `window_seconds` of a token artifact, or of several mixed, `batch` for each rank at a time.
 
     `fields` names what to cut, "conditioning" included where wanted: of it comes the row nearest to the window's
     middle, or with `text_probability` a caption's. With `shuffle` an epoch is whole batches of `global_batch` windows
@@ -220,27 +230,35 @@ def window_loader(
     less than one of them is filled up by repeats. Without, every epoch is the same and all ranks get equally many
     batches, for which some records come twice; of more than `at_most` windows over all ranks so many are taken, always
     the same.
-    With `packed` a batch is a list of windows, and a clip shorter than a window is one of its own length.
+    With `packed` a batch is a list of windows, and a clip shorter than a window is one of its own length. Shards that
+    are in a bucket or compressed go to the folder `cache`, which no other loader may use, at most `cache_limit` bytes.
 
-    Raises UserError when a window is longer than the clips, and ValueError for a `global_batch` that is missing with
-    `shuffle`, or that the ranks cannot share out in batches.
+    Raises UserError when a window is longer than the clips and for a mixture without enough clips, and ValueError for a
+    `global_batch` that is missing with `shuffle`, or that the ranks cannot share out in batches.
     """
-    info = artifact.read(tokens, "tokens").info
-    if window_seconds > info["clip_seconds"]:
-        raise UserError(
-            f"A window of {window_seconds:g} s (model.window_seconds of the stage) is longer than the clips "
-            f"(data.clip_seconds={info['clip_seconds']:g})."
-        )
+    mixture = tokens if isinstance(tokens, Mixture) else Mixture.of(tokens)
+    for corpus in mixture.corpora:
+        if window_seconds > corpus.info["clip_seconds"]:
+            raise UserError(
+                f"A window of {window_seconds:g} s (model.window_seconds of the stage) is longer than the clips "
+                f"(data.clip_seconds={corpus.info['clip_seconds']:g}) of {corpus.address}."
+            )
+    info = mixture.corpora[0].info
     cut = Cut.of(info, fields, window_seconds, text_probability, seed, fixed=not shuffle, short=packed)
-    ranks, count = world_size(), count_records(tokens / split)
-    if shuffle:
-        if global_batch is None or global_batch % (batch * ranks):
-            raise ValueError(f"{ranks} ranks cannot share out a global batch of {global_batch} in batches of {batch}")
-        records = max(1, count // global_batch) * global_batch
+    ranks = world_size()
+    if shuffle and (global_batch is None or global_batch % (batch * ranks)):
+        raise ValueError(f"{ranks} ranks cannot share out a global batch of {global_batch} in batches of {batch}")
+    epochs: Epochs
+    if shuffle and global_batch is not None:
+        epochs = mixture.epochs(split, global_batch, batch * ranks, seed)
     else:
-        records = -(-min(count, at_most or count) // ranks) * ranks
-    shards = Shards(tokens / split, cut, records=records, batch=batch, seed=seed, shuffle=shuffle)
-    return WindowLoader(shards, batch, -(-records // (batch * ranks)), workers, packed)
+        count = mixture.records(split)
+        kept = min(count, at_most or count)
+        epochs = InOrder(count, kept, -(-kept // ranks) * ranks)
+    shards = Shards(
+        mixture.corpora, split, cut, epochs, batch=batch, workers=workers, cache=cache, cache_limit=cache_limit
+    )
+    return WindowLoader(shards, batch, workers, shuffle, packed)
 
 
 def _start_worker(parent: int, worker: int) -> None:

@@ -204,11 +204,14 @@ def _set(values: Any, path: tuple[str, ...], value: Any) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Stages run in other folders: what names a file here must name it there."""
     values = recipe.model_dump(mode="json")
+    trains = [stage["train"] for stage in values["stages"].values()]
     always = [(values["data"], "audio"), (values["data"], "captions"), (values, "fitted_from")]
+    always += [(train, "cache") for train in trains]
     named = [(values["encoders"][name], "weights") for name in ("codec", "semantic", "joint")]
     named += [(values["encoders"]["joint"], "tokenizer")]
     named += [(step, "weights") for step in values["tokens"]["steps"] if step["kind"] == "vocals"]
-    named += [(stage["train"], "zero") for stage in values["stages"].values()]
+    for train in trains:
+        named += [(train, "zero"), *((other, "tokens") for other in train["mix"])]
     # Weights may be a hub's, and a ZeRO choice one of ours: only what exists here is a path.
     named = [(section, key) for section, key in named if section[key] and Path(section[key]).expanduser().exists()]
     for section, key in [*always, *named]:

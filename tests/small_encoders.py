@@ -26,14 +26,19 @@ def save_encodec(folder: Path, stereo: bool = False) -> Path:
     if stereo:
         config = EncodecConfig(**ARCHITECTURES[2] | {**shape, "codebook_size": 256, "target_bandwidths": [2.4, 4.8]})
     model = EncodecModel(config)
+    fill_codebooks(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def fill_codebooks(model) -> None:
+    """Codebooks that tell sounds apart: new ones are zeros, so that every code would be 0."""
     with torch.no_grad():
-        latent = model.encoder(noise(24_000, 1.0)[:1, None].expand(-1, config.audio_channels, -1))[0].T
-    first, *others = (layer.codebook.embed for layer in model.quantizer.layers)  # they are made as zeros
+        latent = model.encoder(noise(24_000, 1.0)[:1, None].expand(-1, model.config.audio_channels, -1))[0].T
+    first, *others = (layer.codebook.embed for layer in model.quantizer.layers)
     first.copy_(latent[torch.arange(len(first)) % len(latent)])
     for embed in others:
         embed.normal_().mul_(latent.std(0).mean() / 2)
-    model.save_pretrained(folder)
-    return folder
 
 
 def save_mert(folder: Path) -> Path:

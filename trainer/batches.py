@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 
+from data.mixture import Mixture
 from data.windows import DRAW, WindowLoader, window_loader
 from model.dropping import Dropped, draw_dropped
 from model.stage import Batch, StageTransformer
+from trainer.corpora import cache_folder, mixture, training_cache, validation_corpus
 from trainer.engine import MicroBatch
 from trainer.setup import StageSetup
 from trainer.stopwatch import Stopwatch
 
 
 def open_loader(setup: StageSetup, split: str, micro_batch: int, text_probability: float) -> WindowLoader:
-    """The windows of one split, each rank's own: shuffled for `train`, as they lie for the others."""
+    """The windows of one split, each rank's own: for `train` those of all corpora, shuffled; for the others the run's
+    own as they lie, whatever is mixed and filtered in training."""
     train, shuffle = setup.config.train, split == "train"
     return window_loader(
-        setup.tokens,
+        mixture(setup) if shuffle else Mixture((validation_corpus(setup),)),
         split,
         setup.fields_used,
         setup.config.model.window_seconds,
@@ -32,6 +35,8 @@ def open_loader(setup: StageSetup, split: str, micro_batch: int, text_probabilit
         shuffle=shuffle,
         packed=train.packing,
         at_most=None if shuffle else train.validate_windows,
+        cache=cache_folder(setup),
+        cache_limit=training_cache(setup) if shuffle else None,
     )
 
 
@@ -63,8 +68,7 @@ class TrainingBatches:
     """
 
     def __init__(self, setup: StageSetup, model: StageTransformer, micro_batch: int, device: torch.device) -> None:
-        text_probability = setup.config.train.text_probability if setup.captions else 0.0
-        self.loader = open_loader(setup, "train", micro_batch, text_probability)
+        self.loader = open_loader(setup, "train", micro_batch, setup.config.train.text_probability)
         self.model = model
         self.device = device
         self.waited = Stopwatch(device)

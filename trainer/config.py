@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from data.filters import Filter
 from model.config import Config, ExecutionConfig, StageModelConfig
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|kb|mb|gb|tb|pb)", re.IGNORECASE)
+
+
+class MixConfig(Config):
+    """Tokens that are trained on beside the run's own."""
+
+    tokens: str
+    """A tokens folder, a run folder that has one, or `s3://bucket/prefix` of one."""
+    weight: PositiveFloat = 1.0
+    """Its part of the windows, relative to the others' and to own_weight."""
+
+
+class PhaseConfig(Config):
+    """A part of the training."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps that it lasts; only the last phase has none, and lasts to the end."""
+    filter: Filter = Field({})
+    """As `train.filter`, which records must pass as well."""
+    weights: list[NonNegativeFloat] | None = None
+    """In place of own_weight and of the weights of `mix`, in that order."""
 
 
 class TrainConfig(ExecutionConfig):
@@ -52,6 +76,20 @@ class TrainConfig(ExecutionConfig):
     """Probability that a window is conditioned on its caption's tokens in place of its audio's."""
     workers: NonNegativeInt = 0
     """Data loader processes a rank."""
+    mix: list[MixConfig] = Field([])
+    """Further corpora."""
+    own_weight: PositiveFloat = 1.0
+    """Of the run's own corpus, where others are mixed with it."""
+    filter: Filter = Field({})
+    """Column of the manifest → a value, a list of values, or {min, max}: only records that pass are trained on."""
+    curriculum: list[PhaseConfig] = Field([])
+    """Phases with filters and weights of their own, one after another."""
+    shuffle_block: PositiveInt = 65_536
+    """Records of a corpus that are shuffled together; of remote corpora the cache should hold twice as many."""
+    cache: str | None = None
+    """Folder for shards that are remote or compressed; `RUN/cache` when not given."""
+    cache_limit: str | PositiveInt | None = None
+    """Bytes, or such as `20gb`, that they may take there on a node for this stage; no limit when not given."""
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
     validate_windows: PositiveInt | None = None
@@ -91,6 +129,17 @@ class TrainConfig(ExecutionConfig):
         return 2 * max(self.hang_timeout, self.startup_timeout)
 
     @property
+    def cache_bytes(self) -> int | None:
+        """`cache_limit` as a number."""
+        if self.cache_limit is None or isinstance(self.cache_limit, int):
+            return self.cache_limit
+        match = SIZE.fullmatch(self.cache_limit.strip())
+        if match is None:
+            raise ValueError(f"cache_limit {self.cache_limit!r} must be a number of bytes, or one such as 20gb")
+        powers = ("", "kb", "mb", "gb", "tb", "pb")
+        return int(float(match[1]) * 1000 ** powers.index(match[2].lower()))
+
+    @property
     def decay(self) -> int:
         """Steps over which `wsd` decays."""
         return self.decay_steps or max(1, self.steps // 5)
@@ -114,9 +163,26 @@ class TrainConfig(ExecutionConfig):
             )
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise ValueError(f"profile {list(self.profile)} must name the first step before the last")
+        self._check_curriculum()
+        if self.cache_bytes == 0:
+            raise ValueError("cache_limit must be more than 0")
         if self.upload is not None and not self.upload.startswith("s3://"):
             raise ValueError(f"upload {self.upload!r} must start with s3://")
         return self
+
+    def _check_curriculum(self) -> None:
+        *first, last = self.curriculum or [PhaseConfig()]
+        if last.steps is not None or any(phase.steps is None for phase in first):
+            raise ValueError("all phases of curriculum but the last need steps, and the last has none")
+        if sum(phase.steps or 0 for phase in first) >= self.steps:
+            raise ValueError(f"the last phase of curriculum would begin after the last of the {self.steps} steps")
+        for phase in self.curriculum:
+            weights, wanted = phase.weights, 1 + len(self.mix)
+            if weights is not None and (len(weights) != wanted or not any(weights)):
+                raise ValueError(
+                    f"weights {weights} of curriculum must be {wanted} numbers, the own corpus's and each of mix's, "
+                    f"and not all 0"
+                )
 
 
 class StageConfig(Config):

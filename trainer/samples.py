@@ -33,6 +33,7 @@ from model.stage import StageTransformer
 from trainer import random_state
 from trainer.agreement import alone, raise_alike, said
 from trainer.callback import Callback
+from trainer.corpora import validation_corpus
 from trainer.engine import Engine
 from trainer.setup import StageSetup
 from trainer.trained_stage import trained_stage
@@ -66,8 +67,8 @@ def read_clips(setup: StageSetup, count: int) -> list[Clip]:
     fields, window = [CONDITIONING, SEMANTIC, ACOUSTIC], setup.config.model.window_seconds
     cut = Cut.of(info, fields, window, 0.0, setup.seed, fixed=True, short=setup.config.train.packing)
     clips = []
-    for record in first_records(setup.tokens / "validation", count):
-        arrays = cut(record, 0)
+    for record in first_records(validation_corpus(setup).folder / "validation", count):
+        arrays = cut(record, 0, record["id"])
         captions = json.loads(record["captions"])
         if captions:
             arrays[CONDITIONING] = record["text_conditioning"][:1]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from data.shards import check_shards
 from model import artifact
 from model.errors import UserError
 from trainer import stopping
@@ -16,6 +15,7 @@ from trainer.agreement import alone
 from trainer.batches import TrainingBatches
 from trainer.callback import Callback
 from trainer.checkpoint import Checkpointer
+from trainer.corpora import prepare
 from trainer.engine import Engine
 from trainer.metrics import Metrics
 from trainer.metrics_reader import METRICS, last_metrics
@@ -50,17 +50,6 @@ def callbacks(setup: StageSetup, engine: Engine) -> list[Callback]:
     return found
 
 
-def check_tokens(setup: StageSetup, engine: Engine) -> None:
-    """Raises the same UserError on all ranks where a token shard is not what its manifest says; they share the work."""
-    problems = engine.gather(check_shards(setup.tokens, engine.rank, engine.world_size))
-    wrong = [problem for part in problems for problem in part]
-    if wrong:
-        raise UserError(
-            f"the token shards are damaged: {'; '.join(wrong)}.\n"
-            f"Move {setup.tokens} away and run the same command again: it makes them anew."
-        )
-
-
 class Training:
     """One stage on all ranks. Rank 0 alone writes metrics; every rank takes part in every save.
 
@@ -72,7 +61,7 @@ class Training:
         self.config = setup.config.train
         self.engine = engine
         self.heartbeat = heartbeat or Heartbeat()
-        check_tokens(setup, engine)
+        prepare(setup, engine)
         self.data = TrainingBatches(setup, engine.module, engine.micro_batch, engine.device)
         self.schedule = Schedule(self.config)
         self.guard = SpikeGuard(self.config.spike_threshold, engine.device)

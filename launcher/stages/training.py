@@ -9,12 +9,13 @@ from model.config import STAGES as NAMES
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
+    from trainer.config import TrainConfig
 
 WITHOUT_EFFECT = (
     "ranks", "micro_batch", "zero", "workers", "log_every", "validate_every", "validate_windows", "sample_every",
     "checkpoint_every", "checkpoint_async", "keep_last", "keep_every", "keep_best", "upload", "resume", "hang_timeout",
     "startup_timeout", "straggler_factor", "gc_every", "profile", "wandb", "attention", "compile", "kernels",
-    "recompute",
+    "recompute", "cache", "cache_limit",
 )  # fmt: skip
 """Keys of `train` that say where, how and how often, not what is learnt: changing them rebuilds nothing."""
 STEERING = {"plateau": ("validate_every", "validate_windows")}
@@ -27,9 +28,20 @@ def _stage(name: str) -> Stage:
     def keys(recipe: Recipe) -> dict[str, Any]:
         steering = STEERING.get(getattr(recipe.stages, name).train.schedule, ())
         without = tuple(f"{key}.train.{part}" for part in WITHOUT_EFFECT if part not in steering)
-        return picked("seed", key, without=without)(recipe)
+        found = picked("seed", key, without=(*without, f"{key}.train.mix"))(recipe)
+        return {**found, **_mixed(key, getattr(recipe.stages, name).train)}
 
-    return Stage(name, ("quantizers", "tokens"), keys, 1, None)
+    return Stage(name, ("quantizers", "tokens"), keys, 2, None)
+
+
+def _mixed(key: str, train: TrainConfig) -> dict[str, Any]:
+    """For a stage that mixes other corpora with the run's own: which tokens they are, wherever they lie."""
+    if not train.mix:
+        return {}
+    from data.token_corpus import artifact_manifest
+
+    mixed = [[artifact_manifest(other.tokens)[1]["fingerprint"], other.weight] for other in train.mix]
+    return {f"the tokens of {key}.train.mix": mixed}
 
 
 STAGES = tuple(_stage(name) for name in NAMES)

@@ -91,7 +91,7 @@ class Spectrogram:
     def __call__(self, wave: Tensor) -> Tensor:
         """Of `wave` `[batch, samples]`, at most 10 s: shorter ones are repeated, then padded with silence."""
         wave = (wave.clamp(-1, 1) * 32767).trunc() / 32767  # CLAP was trained on audio of 16 bits
-        wave = wave.repeat(1, self.samples // wave.shape[1])
+        wave = wave.repeat(1, self.samples // max(1, wave.shape[1]))
         wave = F.pad(wave, (0, self.samples - wave.shape[1]))
         spectrum = torch.stft(wave, len(self.window), self.hop, window=self.window, return_complex=True)
         power = (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2)

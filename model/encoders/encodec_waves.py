@@ -20,9 +20,10 @@ LEVEL_FLOOR_DB = -100.0
 
 
 class Continuous:
-    """The causal model of 24 kHz: one wave, one sequence of codes.
+    """The causal model of 24 kHz, and others that take a wave as one: one wave, one sequence of codes.
 
-    Waves beyond CHUNK_SECONDS are cut into chunks, each with CONTEXT_SECONDS before it for the model's LSTM to settle.
+    Waves beyond CHUNK_SECONDS are cut into chunks, each with CONTEXT_SECONDS before it for the model's LSTM to settle,
+    and after it where the model is not causal (MusicGen's, of 32 kHz).
     At least 99.9 % of the codes equal those of the whole wave (all of them, with random weights), and the wave decoded
     in chunks is that decoded at once to within 1e-3 of its peak.
     """
@@ -50,11 +51,12 @@ class Continuous:
 
     def _chunked(self, chunk: Any, batch: Tensor, frames: int) -> Tensor:
         size, left = (round(seconds * self._second) for seconds in (CHUNK_SECONDS, CONTEXT_SECONDS))
+        right = 0 if self.model.config.use_causal_conv else left
 
         def rows(part: Tensor) -> Tensor:
-            return in_chunks(lambda first, last: chunk(part, first, last), frames, size, left)
+            return in_chunks(lambda first, last: chunk(part, first, last), frames, size, left, right)
 
-        return by_rows(rows, batch, min(frames, size + left) / self._second)
+        return by_rows(rows, batch, min(frames, size + left + right) / self._second)
 
 
 class Segmented:

@@ -22,8 +22,15 @@ EncoderConfig = CodecConfig | SemanticEncoderConfig | JointEmbedderConfig
 
 SECTIONS = {"encodec": "codec", "mert": "semantic", "hubert": "semantic", "clap": "joint"}
 """The section of `encoders` in a recipe that each pretrained kind belongs to."""
-DEFAULT_WEIGHTS = {"mert": "m-a-p/MERT-v0", "hubert": "facebook/hubert-base-ls960", "clap": "laion/clap-htsat-unfused"}
-"""Hub id used where a recipe names no weights; EnCodec has one for each rate."""
+DEFAULT_WEIGHTS = {
+    "encodec": "facebook/encodec_24khz",
+    "mert": "m-a-p/MERT-v0",
+    "hubert": "facebook/hubert-base-ls960",
+    "clap": "laion/clap-htsat-unfused",
+}
+"""Hub id used where a recipe names no weights."""
+ENCODEC_48 = "facebook/encodec_48khz"
+"""The same for EnCodec at 48 kHz."""
 OWN_FILES = {
     "encodec": (
         "EnCodec's own checkpoints are https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th and "
@@ -46,8 +53,8 @@ NOTE = "pretrained.json"
 
 def weights_name(config: EncoderConfig) -> str:
     """What the recipe names as the weights, or the usual ones."""
-    if config.weights is None and config.kind == "encodec":
-        return f"facebook/encodec_{config.sample_rate // 1000}khz"
+    if config.weights is None and config.kind == "encodec" and config.sample_rate == 48_000:
+        return ENCODEC_48
     return config.weights or DEFAULT_WEIGHTS[config.kind]
 
 

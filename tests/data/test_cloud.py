@@ -1,5 +1,5 @@
 """Google Cloud Storage, played by a stand-in with the calls that its library has: there is no server for it here.
-S3 is tested with the sources, against a real server."""
+S3 is tested with the sources, against a real server, but for what that never refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from google.api_core.exceptions import Forbidden, NotFound
 from google.auth.exceptions import DefaultCredentialsError
 
@@ -63,3 +64,15 @@ def test_faults_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud, "_client", none)
     with pytest.raises(UserError, match=r"none found\. Check the Google credentials"):
         storage.files_below("gs://here/")
+
+
+def test_keys_that_s3_refuses_are_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ClientError({"Error": {"Code": "InvalidAccessKeyId"}}, "ListObjectsV2")
+
+    monkeypatch.setattr(cloud, "_client", lambda scheme, settings: SimpleNamespace(get_paginator=refuse))
+    with pytest.raises(
+        UserError, match=r"access is refused \(InvalidAccessKeyId\); check the AWS credentials"
+    ) as error:
+        storage.files_below("s3://here/music")
+    assert "\n" not in str(error.value)

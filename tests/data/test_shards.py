@@ -13,7 +13,9 @@ import pytest
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from data import shard_writer, shards
+from data import shard_writer, shards, shared_names
+from data.epochs import Phase, Pool, Shuffled
+from data.token_corpus import TokenCorpus, shard_sizes
 from model import artifact
 
 MEMORY = Path("/dev/shm")
@@ -35,16 +37,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_shards(folder: Path) -> shards.Shards:
-    return shards.Shards(folder, lambda row, epoch: row, records=20, batch=4, seed=0, shuffle=True)
+    return reader_of(folder, records=20, batch=4)
+
+
+def reader_of(folder: Path, records: int, batch: int) -> shards.Shards:
+    """All records of one shard folder, `records` an epoch."""
+    corpus = TokenCorpus(folder.parent, "tokens", {"info": {}, "fingerprint": "f"})
+    (size,) = shard_sizes(corpus.index(folder.name))
+    pool = Pool(np.arange(size), np.zeros(size, int))
+    epochs = Shuffled([Phase([pool], [1.0])], size, records, block=1024, seed=0)
+    return shards.Shards([corpus], folder.name, lambda row, epoch, key: row, epochs, batch=batch)
 
 
 def names(job: int | None) -> list[str]:
-    return [path.name for path in MEMORY.glob(f"{shards.JOB_NAME}{job}-*")]
+    return [path.name for path in MEMORY.glob(f"{shared_names.JOB_NAME}{job}-*")]
 
 
 def job(folder: Path, epochs: int, done: Any) -> None:
     """A training of its own: in a forked process, because importing streaming takes seconds."""
-    shards._job = None
+    shared_names._job = None
     reader = open_shards(folder)
     for _ in range(epochs):
         done.put(len(list(reader)))
@@ -76,7 +87,7 @@ def test_jobs_that_start_together_and_die_leave_nothing_in_the_way(folder: Path)
         try:
             assert [done.get() for _ in range(12)] == [20] * 12
             assert all(names(process.pid) for process in jobs)
-            shards.remove_leftovers()
+            shared_names.remove_leftovers()
             assert all(names(process.pid) for process in jobs), "what is in use was removed"
         finally:
             for process in jobs:
@@ -99,7 +110,7 @@ def test_one_order_whatever_the_nodes_ranks_workers_and_batches(folder: Path, dr
     """Each 12 records in turn are the same for jobs that one machine could not run, of several nodes too."""
 
     def global_batches(nodes: int, ranks: int, workers: int, batch: int) -> list[list[int]]:
-        reader = shards.Shards(folder, lambda row, epoch: row, records=48, batch=batch, seed=0, shuffle=True)
+        reader = reader_of(folder, records=48, batch=batch)
         reader.resume(epoch=3, records=drop)
         world = World(nodes, ranks, workers, 0)
         work = generate_work(reader.batching_method, reader, world, *reader._resume(world, 0))
@@ -141,7 +152,8 @@ def test_damage_is_found_by_one_rank_and_named(
     tokens: Path, name: str, world_size: int, damage: Callable[[Path], None], words: str
 ) -> None:
     def problems() -> list[str]:
-        return [text for rank in range(world_size) for text in shards.check_shards(tokens, rank, world_size)]
+        corpus = TokenCorpus.read(tokens)
+        return [text for rank in range(world_size) for text in corpus.damage((rank, world_size))]
 
     assert problems() == []
     damage(tokens / name)
@@ -153,6 +165,6 @@ def test_damage_is_found_by_one_rank_and_named(
 def test_says_what_a_launcher_forgot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(shards, "_job", None)
+    monkeypatch.setattr(shared_names, "_job", None)
     with pytest.raises(RuntimeError, match="LOCAL_WORLD_SIZE"):
         open_shards(folder)

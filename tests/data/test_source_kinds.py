@@ -6,6 +6,8 @@ import io
 import json
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,23 @@ def test_copies_are_bounded_and_safe_to_share(tmp_path: Path) -> None:
     assert "a" not in copies
     assert held.readall() == b"aaaaaa"  # its reader still has it
     assert made == ["a", "b"]
+
+
+def test_threads_that_want_one_copy_make_it_once() -> None:
+    copies, made = storage._Copies(limit=1000), []
+
+    def fill(file: Any) -> None:
+        made.append(1)
+        time.sleep(0.05)
+        file.write(b"0123456789")
+
+    def read(number: int) -> bytes:
+        with storage._Stretch(copies.opened("a", fill), number, 3) as file:
+            return file.readall()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(7))) == [b"0123456789"[number : number + 3] for number in range(7)]
+    assert made == [1]
 
 
 @pytest.mark.parametrize(

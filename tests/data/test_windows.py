@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from data import shard_writer, shards
+from data import shard_writer, shared_names
 from data.windows import DRAW, WindowLoader, window_loader
 from model import artifact
 from model.errors import UserError
@@ -54,7 +54,7 @@ def write_tokens(path: Path, train: int, validation: int, captions: int = 2) -> 
 @pytest.fixture(autouse=True)
 def _own_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test is a job of its own: streaming opens the names of all datasets before it in a job, and keeps them."""
-    monkeypatch.setattr(shards, "_job", None)
+    monkeypatch.setattr(shared_names, "_job", None)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_text_takes_the_place_of_audio(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_records_than_a_global_batch(tmp_path: Path) -> None:
-    few = write_tokens(tmp_path / "tokens", train=3, validation=1)
+    few = write_tokens(tmp_path / "tokens", train=4, validation=1)
     windows = loader(few, batch=4, global_batch=8)
     assert len(windows) == 2
     list(windows)
@@ -207,7 +207,7 @@ def test_fewer_records_than_a_global_batch(tmp_path: Path) -> None:
     for _ in range(40):
         batches = list(windows)
         assert len(batches) == 2
-        assert {clip for batch in batches for clip in batch["semantic"][:, 0, 1].tolist()} == {0, 1, 2}
+        assert {clip for batch in batches for clip in batch["semantic"][:, 0, 1].tolist()} == {0, 1, 2, 3}
     assert len(os.listdir("/proc/self/fd")) <= handles + 2, "epochs leave files open"
 
 

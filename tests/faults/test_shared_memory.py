@@ -14,7 +14,8 @@ from faults.matrix import STEPS, finish, good_steps, last_step, same
 from ranks import start_ranks
 from training_runs import job
 
-from data.shards import JOB_NAME, LOCK, SHARED_MEMORY, Shards
+from data.shards import Shards
+from data.shared_names import JOB_NAME, LOCK, SHARED_MEMORY
 
 FOLDERS = (SHARED_MEMORY, Path(tempfile.gettempdir()))
 

@@ -47,6 +47,8 @@ END = {"bundle", "samples"}
         (["quantizers.semantic.codebook_size=32"], {"quantizers", "tokens"} | TRAINED | END),
         (["stages.coarse.train.steps=700"], {"coarse"} | END),
         (["stages.fine.model.transformer.layers=2"], {"fine"} | END),
+        (["stages.fine.train.filter={genre: jazz}"], {"fine"} | END),
+        (["stages.fine.train.curriculum=[{steps: 5, filter: {seconds: {min: 2}}}, {}]"], {"fine"} | END),
         (["sampling.cfg.fine=3"], END),
         (["evaluation.prompts=3"], {"samples"}),
     ],
@@ -65,6 +67,24 @@ def test_how_often_is_validated_counts_where_the_schedule_learns_by_it():
         assert fingerprint(plateau, override) != fingerprint(plateau)
 
 
+def test_tokens_that_are_mixed_in_count_wherever_they_lie(tmp_path: Path) -> None:
+    def fingerprints(*overrides: str) -> dict[str, str]:
+        return {name: origin.fingerprint for name, origin in origins(load_recipe("quickstart", overrides)).items()}
+
+    def mixed(folder: Path, fingerprint: str, weight: float = 1.0) -> dict[str, str]:
+        with artifact.create(folder, "tokens", fingerprint):
+            pass
+        return fingerprints(f"stages.fine.train.mix=[{{tokens: {folder}, weight: {weight}}}]")
+
+    before, first = fingerprints(), mixed(tmp_path / "one", "a")
+    assert {name for name in before if before[name] != first[name]} == {"fine"} | END
+    assert mixed(tmp_path / "two", "a") == first
+    assert mixed(tmp_path / "two", "b") != first
+    assert mixed(tmp_path / "two", "a", weight=2.0) != first
+    with pytest.raises(UserError, match="nowhere is not a finished Stretto artifact"):
+        fingerprints(f"stages.fine.train.mix=[{{tokens: {tmp_path}/nowhere}}]")
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -79,6 +99,8 @@ def test_how_often_is_validated_counts_where_the_schedule_learns_by_it():
         "stage_defaults.train.validate_every=3",
         "stage_defaults.train.checkpoint_every=3",
         "stage_defaults.train.keep_last=3",
+        "stage_defaults.train.cache=elsewhere",
+        "stage_defaults.train.cache_limit=20gb",
     ],
 )
 def test_where_and_how_often_changes_nothing(override):

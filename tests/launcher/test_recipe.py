@@ -76,8 +76,20 @@ def test_an_override_of_the_defaults_reaches_every_stage_and_yields_to_one_of_a_
 
 def test_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe("quickstart", ["data.audio=music"])
+    (tmp_path / "tokens").mkdir()
+    mix = "stages.fine.train.mix=[{tokens: tokens}, {tokens: s3://bucket/tokens}]"
+    recipe = load_recipe("quickstart", ["data.audio=music", mix, "stages.fine.train.cache=cache"])
     assert recipe.data.audio == str(tmp_path / "music")
+    train = recipe.stages.fine.train
+    assert [other.tokens for other in train.mix] == [str(tmp_path / "tokens"), "s3://bucket/tokens"]
+    assert train.cache == str(tmp_path / "cache")
+    recipe = load_recipe("quickstart", ["data.audio=shards-{000..010}.tar"])
+    assert recipe.data.audio == str(tmp_path / "shards-{000..010}.tar")
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/music", "gs://bucket/songs.jsonl", "s3://bucket/s-{00..10}.tar"])
+def test_addresses_stay_as_they_are(address):
+    assert load_recipe("quickstart", [f"data.audio={address}"]).data.audio == address
 
 
 def test_a_run_keeps_the_resolved_recipe(tmp_path):
@@ -96,6 +108,9 @@ def test_a_folder_without_a_recipe_is_no_run(tmp_path):
     [
         ("data.clipz=3", "data.clipz is not a key of a recipe. Did you mean clips?"),
         ("stages.semantic.train.stepz=3", "stages.semantic.train.stepz is not a key of a recipe. Did you mean steps?"),
+        ("stages.fine.train.filter={year: {mni: 3}}", "stages.fine.train.filter.year.mni is not a key of a recipe."),
+        ("stages.fine.train.filter={year: null}", "filter.year is None: it must be true or false or a whole number"),
+        ("stages.fine.train.cache_limit=lots", "cache_limit 'lots' must be a number of bytes, or one such as 20gb"),
         ("stages.semantics.train.steps=3", "stages.semantics is not a key of a recipe. Did you mean semantic?"),
         ("qqq=3", "qqq is not a key of a recipe. It can be name, description, seed,"),
         ("sampling.cfg.course=2", "sampling.cfg.course is not a key of a recipe"),
@@ -148,6 +163,9 @@ def test_every_problem_has_a_line_and_one_of_all_stages_has_one():
         (["stages.coarse.model.field=semantic"], "the coarse stage predicts 'acoustic'"),
         (["stages.semantic.model.conditions.0.field=acoustic"], "the semantic stage can be conditioned on 'condit"),
         (["stages.fine.model.conditions.1.paths=[summed]"], "acoustic codes have no centroids to sum"),
+        (["data.audio=x", "data.captions=y", "data.format=mds"], "data.captions goes with a folder of files, not with"),
+        (["data.audio=x", "data.validation=0.5", "data.test=0.5"], "leave nothing to train on: lower them"),
+        (["data.split_by=artist"], "data.split_by is set but data.audio is not"),
         (["data.shortest_seconds=1"], "data.shortest_seconds is set but data.audio is not"),
         (["data.audio=music", "data.shortest_seconds=6"], "data.shortest_seconds is 6: it must be at most data.clip"),
         (["data.audio=music", "data.shortest_seconds=0.03"], "is 0.03: it must be at least 0.04, the time that is a"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_encoders import STEREO as SMALL_STEREO
-from small_encoders import Evil, save_encodec
+from small_encoders import Evil, fill_codebooks, save_encodec
 
 from model.config import CodecConfig
 from model.encoders import chunks, encodec_waves, encoder_fingerprint, load_codec
@@ -87,6 +87,31 @@ def test_long_waves_are_done_in_chunks_that_do_not_show(mono, monkeypatch):
     assert (codec.decode(whole) - heard).abs().max() <= 1e-3 * heard.abs().max()
     monkeypatch.setattr(encodec_waves, "CONTEXT_SECONDS", 0.0)
     assert (codec.encode(wave) == whole).float().mean() < 0.99  # the context is what makes them equal
+
+
+def test_a_model_that_looks_ahead_gets_context_on_both_sides(tmp_path, monkeypatch):
+    """MusicGen's of 32 kHz, at small size."""
+    from transformers import EncodecConfig, EncodecModel
+
+    torch.manual_seed(0)
+    model = EncodecModel(
+        EncodecConfig(
+            sampling_rate=32_000, upsampling_ratios=[8, 5, 4, 4], use_causal_conv=False, num_filters=4, hidden_size=16,
+            codebook_size=64, target_bandwidths=[0.6], num_lstm_layers=1,
+        )
+    )  # fmt: skip
+    fill_codebooks(model)
+    model.save_pretrained(tmp_path)
+    config = {"kind": "encodec", "sample_rate": 32_000, "frame_rate": 50, "quantizers": 2, "codebook_size": 64}
+    codec = load_codec(tmp_path, CodecConfig(**config, weights=str(tmp_path)))
+    wave = music(32_000, 6.0, 1)
+    whole = codec.encode(wave)
+    heard = codec.decode(whole)
+    assert whole.shape == (1, 300, 2)
+    assert len(whole.unique()) > 5
+    monkeypatch.setattr(encodec_waves, "CHUNK_SECONDS", 2.5)
+    assert (codec.encode(wave) == whole).float().mean() >= 0.999
+    assert (codec.decode(whole) - heard).abs().max() <= 1e-3 * heard.abs().max()
 
 
 def test_memory_does_not_grow_with_the_length_of_a_wave(mono, monkeypatch):

@@ -121,6 +121,36 @@ def test_long_waves_have_nearly_the_features_of_the_whole(mert, monkeypatch):
     assert (codes.encode(chunked) == codes.encode(whole)).float().mean() > 0.97
 
 
+def test_mert_v1_as_the_hub_has_it(tmp_path):
+    """Three layers of its true width: a pickle of tensors, a configuration that asks for code of its own, and the
+    positional convolution under the names of before torch 2."""
+    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(num_hidden_layers=3)).eval()
+    state = model.state_dict()
+    for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
+        name = "encoder.pos_conv_embed.conv"
+        state[f"{name}.{old}"] = state.pop(f"{name}.parametrizations.weight.{new}")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    own = {
+        "model_type": "mert_model", "architectures": ["MERTModel"], "feature_extractor_cqt": False, "deepnorm": False,
+        "auto_map": {"AutoConfig": "own--code.MERTConfig", "AutoModel": "own--code.MERTModel"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), **own}))
+    Wav2Vec2FeatureExtractor(sampling_rate=24_000, do_normalize=True).save_pretrained(tmp_path)
+    encoder = load_semantic_encoder(
+        SemanticEncoderConfig(kind="mert", sample_rate=24_000, frame_rate=75, layer=2, weights=str(tmp_path))
+    )
+    x = noise(24_000, 2.0, 1)
+    found = encoder.features(x)
+    assert found.shape == (1, 150, 768)  # on the codec's clock: MERT alone gives 149
+    normal = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
+    with torch.no_grad():
+        expected = model(torch.nn.functional.pad(normal, (40, 40)), output_hidden_states=True).hidden_states[2]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_mert_that_needs_its_own_code(mert, tmp_path):
     for file in mert.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -92,7 +92,7 @@ def test_a_stage_shows_what_it_ignores(trained):
     """The acoustic codes follow from the semantic ones alone: taken from another window they mislead."""
     last = [row for row in read_metrics(trained / "coarse" / "metrics.jsonl") if row["kind"] == "validation"][-1]
     assert last["shuffled"][SEMANTIC] > last["loss"] * 1.1
-    assert last["shuffled"][CONDITIONING] == pytest.approx(last["loss"], rel=0.05)
+    assert last["shuffled"][CONDITIONING] == pytest.approx(last["loss"], rel=0.05, abs=1e-3)
     assert last["text"] == pytest.approx(last["loss"], rel=0.05)
 
 
