@@ -41,11 +41,11 @@ class Features(SpectralStep):
             mel_bands = (bands or MEL_BANDS) if of == "mel" else MFCC_MEL_BANDS
             self.log_mel = LogMel(mel_bands, sample_rate, self.window(WINDOW_SECONDS), self.hop, FLOOR)
             self.cosines = create_dct(bands or COEFFICIENTS, mel_bands, norm="ortho")
-        self.of = {"mel": self._mel, "mfcc": self._mfcc, "chroma": self._chroma}[of]
+        self.features = {"mel": self._mel, "mfcc": self._mfcc, "chroma": self._chroma}[of]
 
     def arrays(self, batch: Waves) -> dict[str, Sequence[Any]]:
         frames = self.frames(batch.clips[0].seconds)
-        values = self.of(batch.waves[self.kind])[:, :frames]
+        values = self.features(batch.waves[self.kind])[:, :frames]
         return {self.column: list(values.numpy().astype(np.float16))}
 
     def _mel(self, wave: Tensor) -> Tensor:
