@@ -127,11 +127,12 @@ class Fetcher:
         for _ in range(REDIRECTS + 1):
             self._obey_robots(url, visit)
             with self._get(url, headers, visit) as response:
-                if not response.is_redirect:
+                target = self._session.get_redirect_target(response)
+                if target is None:
                     self._judge(response)
                     yield response
                     return
-                url = http_address(urljoin(url, response.headers["Location"]))
+                url = http_address(urljoin(url, target))
         raise Failure("too many redirects", f"more than {REDIRECTS}")
 
     @contextmanager
