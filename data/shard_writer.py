@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
-from data.cloud import store
+from data.cloud import objects, read, store
 from data.token_corpus import COLUMNS_FILE, INDEX
 from model import artifact
+from model.errors import UserError
 
 COLUMNS = {
     "id": "str",
@@ -131,9 +132,30 @@ def write_records(folder: Path, records: Iterable[Record], rows: Sequence[dict[s
 
 
 def upload(folder: Path, remote: str, *names: str) -> None:
-    """Copies files of `folder` to the address `remote`. Raises as `cloud.store` does."""
+    """Copies files of `folder` to the address `remote`. Raises UserError where that is refused or out of reach."""
     for name in names:
-        store(folder / name, f"{remote}/{name}")
+        try:
+            store(folder / name, f"{remote}/{name}")
+        except PermissionError as error:
+            raise UserError(f"{remote}/{name} cannot be written: {error.strerror}.") from None
+
+
+def check_place(remote: str, fingerprint: str) -> None:
+    """Raises UserError where `remote` is out of reach, or holds tokens with another fingerprint: they would be lost."""
+    try:
+        there = json.loads(read(f"{remote}/{artifact.MANIFEST}"))["fingerprint"]
+    except FileNotFoundError:
+        next(objects(f"{remote}/"), None)  # says so where there is no such bucket
+        return
+    except PermissionError as error:
+        raise UserError(f"tokens.upload: {remote} cannot be used: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        there = None
+    if there != fingerprint:
+        raise UserError(
+            f"tokens.upload: {remote} holds something else already (fingerprint {there}): name another place, or empty "
+            "that one."
+        )
 
 
 def _without_empty_arrays(record: Record) -> Record:

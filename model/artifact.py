@@ -120,9 +120,14 @@ def unfinished(path: Path) -> Path:
 def began(path: Path, fingerprint: str) -> bool:
     """Whether an artifact with this fingerprint has been begun at `path` and can be gone on with."""
     try:
-        return json.loads((unfinished(path) / WORK / ORIGIN).read_text())["fingerprint"] == fingerprint
+        return made_for(unfinished(path)) == fingerprint
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError, TypeError):
         return False
+
+
+def made_for(folder: Path) -> str:
+    """The fingerprint of what a folder that is UNFINISHED is to become."""
+    return json.loads((folder / WORK / ORIGIN).read_text())["fingerprint"]
 
 
 @contextlib.contextmanager

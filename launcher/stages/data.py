@@ -118,9 +118,12 @@ def tokens_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def tokens(context: Context) -> dict[str, Any]:
+    from data.shard_writer import check_place
     from data.tokenise import tokenise
 
     recipe = context.recipe
+    if recipe.tokens.upload and (context.ranks is None or context.ranks.leads):
+        check_place(recipe.tokens.upload.rstrip("/"), artifact.made_for(context.folder))
     corpus, codec, embedding, quantizers = (context.run / name for name in TOKENS_NEED)
     info, files = tokenise(
         corpus,
