@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from data.steps.config import StepConfig
 from model.config import Config
 from model.fields import TokenField, common_period
 
+HIGHEST_LEVELS = {"zstd": 22, "br": 11, "gz": 9, "bz2": 9}
+"""Of the ways to compress a shard; all begin at 1."""
 Downmix = Literal["mix", "left", "right", "loudest"]
 
 
@@ -73,12 +76,30 @@ class TokensConfig(Config):
     """Audio in one shard; a small corpus has shorter ones. What a rank loses at most when it is killed."""
     batch_seconds: PositiveFloat = 80.0
     """Audio encoded at a time."""
-    compression: str | None = Field(None, pattern=r"^(zstd|gz|br|bz2|snappy)(:\d+)?$")
+    compression: str | None = None
     """How shards are compressed, such as zstd or zstd:9; not at all when not given."""
     steps: list[StepConfig] = Field([])
     """What is done to every clip beside its encoding, in this order."""
-    upload: str | None = Field(None, pattern=r"^(s3|gs)://[^/]+/.+")
+    upload: str | None = None
     """`s3://bucket/prefix` or `gs://bucket/prefix` the shards are kept at in place of the run folder."""
+
+    @field_validator("compression")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        name, colon, level = (value or "").partition(":")
+        if value is not None and not (
+            name in HIGHEST_LEVELS and (not colon or (level.isdigit() and 1 <= int(level) <= HIGHEST_LEVELS[name]))
+        ):
+            known = ", ".join(f"{name} (levels to {highest})" for name, highest in HIGHEST_LEVELS.items())
+            raise ValueError(f"must be one of {known}, such as zstd or zstd:9")
+        return value
+
+    @field_validator("upload")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(s3|gs)://[^/]+/.+", value):
+            raise ValueError("must be an address such as s3://bucket/prefix or gs://bucket/prefix")
+        return value
 
 
 def aligned_seconds(seconds: float, fields: Sequence[TokenField]) -> float:

@@ -117,7 +117,10 @@ def artifact_manifest(address: str) -> tuple[str, dict[str, Any]]:
     if not cloud.is_remote(address):
         folder = Path(address)
         folder = folder if (folder / artifact.MANIFEST).exists() or not (folder / KIND).exists() else folder / KIND
-        return str(folder), artifact.read(folder, KIND).manifest
+        try:
+            return str(folder), artifact.read(folder, KIND).manifest
+        except UserError as error:
+            raise UserError(f"train.mix: {error}") from None
     address = address.rstrip("/")
     try:
         manifest = json.loads(cloud.read(f"{address}/{artifact.MANIFEST}"))
@@ -125,7 +128,9 @@ def artifact_manifest(address: str) -> tuple[str, dict[str, Any]]:
             return address, manifest
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         pass
-    raise UserError(f"{address} holds no token artifact: {artifact.MANIFEST} is missing there, damaged or of others.")
+    raise UserError(
+        f"train.mix: {address} holds no token artifact: {artifact.MANIFEST} is missing there, damaged or of others."
+    )
 
 
 def copy_metadata(address: str, folder: Path) -> None:

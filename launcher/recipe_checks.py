@@ -29,7 +29,7 @@ KNOWS = {
 
 def check(recipe: Recipe) -> list[str]:
     """Every disagreement, in plain lines that name the keys; none when the recipe can be run."""
-    return [*_data(recipe), *_rates(recipe), *_stages(recipe)]
+    return [*_data(recipe), *_caches(recipe), *_rates(recipe), *_stages(recipe)]
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
@@ -57,6 +57,18 @@ def _data(recipe: Recipe) -> Iterator[str]:
             f"data.shortest_seconds is {data.shortest_seconds:g}: it must be at least "
             f"{float(common_period(timed)):g}, the time that is a whole number of frames of all fields."
         )
+
+
+def _caches(recipe: Recipe) -> Iterator[str]:
+    cached = recipe.tokens.upload is not None or recipe.tokens.compression is not None
+    for name in STAGES:
+        train = getattr(recipe.stages, name).train
+        # Of tokens that are mixed in only their manifest tells: the stage looks before it starts.
+        if train.cache_limit is not None and not cached and not train.mix:
+            yield (
+                f"stages.{name}.train.cache_limit is set, but the token shards lie in the run folder, the only copy "
+                "there is, and are read in place: set tokens.upload, or leave the limit out."
+            )
 
 
 def _rates(recipe: Recipe) -> Iterator[str]:
