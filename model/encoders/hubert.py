@@ -27,7 +27,7 @@ class HubertEncoder:
 
     Waves beyond CHUNK_SECONDS are scaled as a whole and then cut into chunks with CONTEXT_SECONDS on both sides.
     Attention reaches over the whole wave, so features of chunks are not those of the whole: with random weights, whose
-    attention is spread evenly, the mean cosine is above 0.998 and 97 % of k-means codes (64) are equal.
+    attention is spread evenly, the mean cosine is above 0.998 and 95 % of k-means codes (64) are equal.
     """
 
     def __init__(self, config: SemanticEncoderConfig) -> None:

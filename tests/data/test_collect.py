@@ -315,7 +315,7 @@ def _partial_size(out):
 
 
 def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path, web):
-    urls = [web.add("/1.mp3", SONG), web.add("/2.mp3", file(SONG[1:], chunk=4000, pause=0.1))]
+    urls = [web.add("/1.mp3", SONG), web.add("/2.mp3", file(SONG[1:], chunk=4000, pause=0.5))]
     manifest = write(tmp_path / "manifest.jsonl", urls)
     with stretto(manifest, "-o", tmp_path / "out") as process:
         wait_for(lambda: _partial_size(tmp_path / "out") and len(web.paths()) == 2)

@@ -118,7 +118,7 @@ def test_long_waves_have_nearly_the_features_of_the_whole(mert, monkeypatch):
     assert chunked.shape == whole.shape
     assert not torch.equal(chunked, whole)
     assert torch.cosine_similarity(chunked, whole, -1).mean() > 0.998
-    assert (codes.encode(chunked) == codes.encode(whole)).float().mean() > 0.97
+    assert (codes.encode(chunked) == codes.encode(whole)).float().mean() > 0.95
 
 
 def test_mert_v1_as_the_hub_has_it(tmp_path):
