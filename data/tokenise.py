@@ -68,12 +68,10 @@ def tokenise(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Writes the training and validation clips of `corpus` as token shards `folder`/{train,validation}.
 
-    `codec`, `embedding` and `quantizers` are the artifacts with the fitted parts. All `ranks` call it with the same
-    `folder`, which may hold what an earlier attempt has done of the same; each has `workers` processes that decode.
-    Clips of other splits are not written: they are for evaluation. A clip that can no longer be read is left out and
-    listed in `folder`/skipped.jsonl.
-
-    `config.steps` are the preprocessing steps.
+    `codec`, `embedding` and `quantizers` are the artifacts with the fitted parts; `config.steps` come before the
+    encoders. All `ranks` call it with the same `folder`, which may hold what an earlier attempt has done of the same;
+    each has `workers` processes that decode. Clips of other splits are not written: they are for evaluation. A clip
+    that can no longer be read is left out and listed in `folder`/skipped.jsonl.
 
     Returns what the manifest says (the token fields, lengths of the longest and of the shortest clip, length and hop of
     the embedding windows, records of each split) and the digests of the shards; both are empty but on rank 0, which
@@ -132,16 +130,18 @@ def _finish(
     write_jsonl(folder / SKIPPED, unread)
     gone = {row["id"] for row in unread}
     kept = [clip for split in clips.values() for clip in split if clip.id not in gone]
+    longest = max(clip.seconds for clip in kept)
     info = {
         "fields": {field.name: field.to_json() for field in job.tokeniser.fields},
-        "clip_seconds": max(clip.seconds for clip in kept),
+        "clip_seconds": longest,
         "shortest_seconds": min(clip.seconds for clip in kept),
         "hop_seconds": encoders.joint.hop_seconds,
         "embedding_seconds": encoders.joint.window_seconds,
         "records": counts,
         "seconds": sum(clip.seconds for clip in kept),
         "skipped": len(unread),
-        "captions": any(clip.captions for clip in clips[TRAIN] if clip.seconds == clips[TRAIN][0].seconds),
+        # Training clips of full length are what the words are learnt from.
+        "captions": any(clip.captions for clip in kept if clip.split == TRAIN and clip.seconds == longest),
         "remote": remote,
         "steps": job.config.model_dump(mode="json")["steps"],
     }
