@@ -100,11 +100,18 @@ def test_tokens_that_are_mixed_in_count_wherever_they_lie(tmp_path: Path) -> Non
         "stage_defaults.train.checkpoint_every=3",
         "stage_defaults.train.keep_last=3",
         "stage_defaults.train.cache=elsewhere",
-        "stage_defaults.train.cache_limit=20gb",
+        "data.ranks=4",
+        "data.workers=1",
+        "tokens.batch_seconds=10",
     ],
 )
 def test_where_and_how_often_changes_nothing(override):
     assert changed(override) == set()
+
+
+def test_how_much_of_a_bucket_is_kept_here_changes_nothing():
+    remote = "tokens.upload=s3://bucket/tokens"
+    assert changed(remote, "stage_defaults.train.cache_limit=20gb") == changed(remote) == {"tokens"} | TRAINED | END
 
 
 def test_a_changed_file_of_the_users_changes_the_corpus(tmp_path):

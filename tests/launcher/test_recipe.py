@@ -166,6 +166,13 @@ def test_every_problem_has_a_line_and_one_of_all_stages_has_one():
         (["data.audio=x", "data.captions=y", "data.format=mds"], "data.captions goes with a folder of files, not with"),
         (["data.audio=x", "data.validation=0.5", "data.test=0.5"], "leave nothing to train on: lower them"),
         (["data.split_by=artist"], "data.split_by is set but data.audio is not"),
+        (
+            ["stages.fine.train.cache_limit=1gb"],
+            "stages.fine.train.cache_limit is set, but the token shards lie in the",
+        ),
+        (["tokens.compression=zip"], "tokens.compression: must be one of zstd (levels to 22)"),
+        (["tokens.compression=zstd:30"], "tokens.compression: must be one of zstd (levels to 22)"),
+        (["tokens.upload=/here"], "tokens.upload: must be an address such as s3://bucket/prefix"),
         (["data.shortest_seconds=1"], "data.shortest_seconds is set but data.audio is not"),
         (["data.audio=music", "data.shortest_seconds=6"], "data.shortest_seconds is 6: it must be at most data.clip"),
         (["data.audio=music", "data.shortest_seconds=0.03"], "is 0.03: it must be at least 0.04, the time that is a"),
