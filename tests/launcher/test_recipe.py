@@ -168,7 +168,7 @@ def test_every_problem_has_a_line_and_one_of_all_stages_has_one():
         (["data.split_by=artist"], "data.split_by is set but data.audio is not"),
         (
             ["stages.fine.train.cache_limit=1gb"],
-            "stages.fine.train.cache_limit is set, but the token shards lie in the",
+            "stages.fine.train.cache_limit is set, but the token shards lie",
         ),
         (["tokens.compression=zip"], "tokens.compression: must be one of zstd (levels to 22)"),
         (["tokens.compression=zstd:30"], "tokens.compression: must be one of zstd (levels to 22)"),
