@@ -17,6 +17,7 @@ def make_encoders(folder: Path) -> EncodersConfig:
     make_mert(folder / "mert")
     make_clap(folder / "clap")
     return EncodersConfig.model_validate({
+        "check": False,  # random weights are what it is after
         "codec": {
             "kind": "encodec", "weights": str(folder / "encodec"), "sample_rate": 24_000, "frame_rate": 75,
             "quantizers": 8, "codebook_size": 1024,
