@@ -5,7 +5,6 @@ streaming is imported in `data.*shard*` and in `data.shared_names`, and nowhere 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from streaming.base.dataset import _ShardState
 from data.epochs import Epochs
 from data.shard_cache import InPlaceStream, fetches_at_once, largest_shard, open_stream
 from data.shared_names import claim_names
-from data.token_corpus import INDEX, TokenCorpus
+from data.token_corpus import TokenCorpus
 from model.errors import UserError
 
 NO_CAPTIONS = "[]"
@@ -29,11 +28,6 @@ SHARDS_AHEAD = 2
 """Shards that a process fetches before it needs them."""
 RECORDS_AHEAD = 1024
 """How far it looks for them."""
-
-
-def count_records(folder: Path) -> int:
-    """How many records the shards of `folder` hold."""
-    return sum(shard["samples"] for shard in json.loads((folder / INDEX).read_text())["shards"])
 
 
 def first_records(folder: Path, count: int) -> list[dict[str, Any]]:

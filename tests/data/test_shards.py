@@ -64,7 +64,7 @@ def job(folder: Path, epochs: int, done: Any) -> None:
 
 
 def test_round_trip(folder: Path) -> None:
-    assert shards.count_records(folder) == 20
+    assert len(shards.first_records(folder, 1000)) == 20
     rows = {row["id"]: row for row in open_shards(folder)}
     assert len(rows) == 20
     for number in range(20):

@@ -14,7 +14,7 @@ import data.tokeniser
 from data.config import TokensConfig
 from data.corpus import Clip, read_clips, write_clips
 from data.progress import Progress
-from data.shards import count_records, first_records
+from data.shards import first_records
 from data.tokenise import tokenise
 from data.windows import window_loader
 from model import artifact
@@ -62,7 +62,7 @@ def run(made: tuple[Path, EncodersConfig], folder: Path) -> dict[str, Any]:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in first_records(folder, count_records(folder))}
+    return {row["id"]: row for row in first_records(folder, 1000)}
 
 
 def test_records_hold_what_the_encoders_say(made: tuple[Path, EncodersConfig], tmp_path: Path) -> None:
