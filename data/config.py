@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from data.steps.config import StepConfig
 from model.config import Config
@@ -15,6 +15,16 @@ from model.fields import TokenField, common_period
 
 HIGHEST_LEVELS = {"zstd": 22, "br": 11, "gz": 9, "bz2": 9}
 """Of the ways to compress a shard; all begin at 1."""
+
+
+def _address(value: str) -> str:
+    if not re.fullmatch(r"(s3|gs)://[^/]+(/.*)?", value):
+        raise ValueError("must be an address such as s3://bucket/prefix or gs://bucket/prefix")
+    return value.rstrip("/")
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""A place in cloud storage."""
 Downmix = Literal["mix", "left", "right", "loudest"]
 
 
@@ -80,7 +90,7 @@ class TokensConfig(Config):
     """How shards are compressed, such as zstd or zstd:9; not at all when not given."""
     steps: list[StepConfig] = Field([])
     """What is done to every clip beside its encoding, in this order."""
-    upload: str | None = None
+    upload: Address | None = None
     """`s3://bucket/prefix` or `gs://bucket/prefix` the shards are kept at in place of the run folder."""
 
     @field_validator("compression")
@@ -92,13 +102,6 @@ class TokensConfig(Config):
         ):
             known = ", ".join(f"{name} (levels to {highest})" for name, highest in HIGHEST_LEVELS.items())
             raise ValueError(f"must be one of {known}, such as zstd or zstd:9")
-        return value
-
-    @field_validator("upload")
-    @classmethod
-    def _address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(s3|gs)://[^/]+/.+", value):
-            raise ValueError("must be an address such as s3://bucket/prefix or gs://bucket/prefix")
         return value
 
 

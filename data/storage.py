@@ -24,7 +24,6 @@ from typing import IO, Any
 
 from data.cloud import fetch, is_remote, objects
 from model.artifact import fingerprint
-from model.errors import UserError
 
 STRETCH = re.compile(r"bytes:(\d+)\+(\d+):(.+)", re.DOTALL)
 PACKED = re.compile(r"\.mds\.\w+$")
@@ -78,8 +77,7 @@ def is_file(location: str) -> bool:
     """Whether there is a file. Raises UserError where a bucket is out of reach."""
     if not is_remote(location):
         return Path(location).is_file()
-    with _listable(location):
-        return next((found == location for found, _, _ in objects(location)), False)
+    return next((found == location for found, _, _ in objects(location)), False)
 
 
 @contextlib.contextmanager
@@ -112,8 +110,7 @@ def is_folder(location: str) -> bool:
     """Whether there is a folder: in a bucket, whether any object lies below it. Raises as `cloud.objects` does."""
     if not is_remote(location):
         return Path(location).is_dir()
-    with _listable(location):
-        return next(objects(location.rstrip("/") + "/"), None) is not None
+    return next(objects(location.rstrip("/") + "/"), None) is not None
 
 
 def files_below(folder: str) -> list[Entry]:
@@ -135,8 +132,7 @@ def tags(locations: Iterable[str]) -> str:
     wanted = list(dict.fromkeys(locations))
     listed: dict[str, tuple[int, str]] = {}
     for prefix in sorted({parent(location) + "/" for location in wanted if is_remote(location)}):
-        with _listable(prefix):
-            listed |= {location: (size, tag) for location, size, tag in objects(prefix)}
+        listed |= {location: (size, tag) for location, size, tag in objects(prefix)}
     found: list[Any] = []
     for location in wanted:
         state: tuple[int, int | str] | None = listed.get(location)
@@ -277,21 +273,12 @@ _COPIES = _Copies(CACHE_BYTES)
 os.register_at_fork(after_in_child=_COPIES.forget)  # another thread of the parent may have held its lock
 
 
-@contextlib.contextmanager
-def _listable(location: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{location} cannot be listed: {error.strerror}.") from None
-
-
 def _remote_files(prefix: str) -> list[Entry]:
-    with _listable(prefix):
-        entries = [
-            Entry(location[len(prefix) :], location, size, tag)
-            for location, size, tag in objects(prefix)
-            if not location.endswith("/")  # what consoles make to show a folder
-        ]
+    entries = [
+        Entry(location[len(prefix) :], location, size, tag)
+        for location, size, tag in objects(prefix)
+        if not location.endswith("/")  # what consoles make to show a folder
+    ]
     runs = tuple(f"{folder}/" for entry in entries if (folder := entry.name.removesuffix(f"/{RUN_MARK}")) != entry.name)
     shown = [entry for entry in entries if not any(part.startswith(".") for part in entry.name.split("/"))]
     return sorted(

@@ -73,7 +73,7 @@ def test_tokens_in_a_bucket_train_the_same_model_through_a_small_cache(prepared,
     remote = [*overrides, f"tokens.upload={place}", "data.ranks=2"]
     command = ["run", "quickstart", "-o", run, *remote, "--only"]
     stretto(*command, "tokens")
-    there = [key.removeprefix("some/tokens/") for key in keys(s3)]
+    there = [key.removeprefix("some/tokens/") for key in keys(f"s3://{BUCKET}")]
     shards = [name for name in there if name.endswith(".mds")]
     assert {"manifest.json", "train/index.json", "train/columns.json", "validation/index.json"} < set(there)
     assert not list((run / "tokens").rglob("*.mds"))
@@ -104,4 +104,4 @@ def test_a_place_that_holds_other_tokens_is_left_alone(prepared, s3):
     said = stretto(*command, f"tokens.upload=s3://{BUCKET}/taken", code=2)
     assert "holds something else already (fingerprint 0123): name another place" in " ".join(said.split())
     assert "no-such" in stretto(*command, "tokens.upload=s3://no-such-bucket/tokens", code=2)
-    assert keys(s3) == ["taken/manifest.json"]
+    assert keys(f"s3://{BUCKET}") == ["taken/manifest.json"]

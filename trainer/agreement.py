@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from data.cloud import Unreachable
 from data.processes import disk_full
 from model.errors import UserError
 
@@ -34,6 +35,8 @@ def said(action: Callable[[], object], place: Path) -> str | None:
     returned in words for the other ranks, "user: …" or "fault: …"."""
     try:
         action()
+    except Unreachable as error:
+        return f"fault: {error}"
     except UserError as error:
         return f"user: {error}"
     except OSError as error:

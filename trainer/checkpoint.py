@@ -27,6 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from data.cloud import Unreachable
 from model import artifact
 from model.errors import UserError
 from trainer import random_state
@@ -86,7 +87,13 @@ class Checkpointer:
         if self.config.upload is None:
             return
         remote = Remote(self.config.upload, self.folder.parent.name)
-        for step, manifest in remote.whole().items():
+        try:
+            copies = remote.whole()
+        except Unreachable:
+            raise
+        except UserError as error:
+            raise UserError(f"train.upload: {error}") from None
+        for step, manifest in copies.items():
             self._check_identity(manifest, remote.url(step), "choose another train.upload")
         self._uploads = Uploads(remote, self.folder, self.config)
 

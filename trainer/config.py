@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from data.config import Address
 from data.filters import Filter
 from model.config import Config, ExecutionConfig, StageModelConfig
 
@@ -105,8 +106,9 @@ class TrainConfig(ExecutionConfig):
     """Checkpoints whose step is a multiple of it stay for good."""
     keep_best: str | None = None
     """A figure of the validation, such as `loss` or `text`: the checkpoint where it was lowest stays too."""
-    upload: str | None = None
-    """`s3://bucket/prefix` that finished checkpoints are copied to, and come back from where there is none here."""
+    upload: Address | None = None
+    """`s3://bucket/prefix` or `gs://bucket/prefix` that finished checkpoints are copied to, and come back from where
+    there is none here."""
     resume: Literal["auto", "always"] | PositiveInt = "auto"
     """`auto`: from the newest good checkpoint, from the start where there never was one. `always`: it is an error if
     there is none. A number: from the checkpoint of that step; later ones are removed."""
@@ -166,8 +168,6 @@ class TrainConfig(ExecutionConfig):
         self._check_curriculum()
         if self.cache_bytes == 0:
             raise ValueError("cache_limit must be more than 0")
-        if self.upload is not None and not self.upload.startswith("s3://"):
-            raise ValueError(f"upload {self.upload!r} must start with s3://")
         return self
 
     def _check_curriculum(self) -> None:

@@ -1,36 +1,20 @@
-"""Copies of a stage's checkpoints in an S3 bucket: `s3://bucket/prefix/STAGE/step-NNNNNNNN/`.
+"""Copies of a stage's checkpoints in a bucket: `s3://bucket/prefix/STAGE/step-NNNNNNNN/`.
 
-The manifest goes up last and is deleted first, so that a copy that is half there is never taken for one. The usual
-environment says where and as whom: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE and so on.
+The manifest goes up last and is deleted first, so that a copy that is half there is never taken for one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import boto3
-from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
-
+from data import cloud
 from model import artifact
 from model.errors import UserError
 from trainer.checkpoint_folder import figure, genuine, read, step_name, steps_in, superseded
@@ -38,45 +22,27 @@ from trainer.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-SETTINGS = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 3})
-IN_THIS_THREAD = TransferConfig(use_threads=False)
-"""For uploads: threads of boto3's own would take time from the training and outlive a wait that was given up."""
-REFUSALS = {"NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "404"}
-"""What S3 answers where the user can put it right."""
-
 
 class Remote:
     """The copies of one stage's checkpoints.
 
-    Every method raises UserError where the bucket or the credentials are wrong, and ConnectionError where S3 does not
-    do what it is asked for.
+    Every method raises UserError where the bucket or the credentials are wrong, `cloud.Unreachable` where the service
+    does not do what it is asked for, and OSError for a file that may not be read or written.
     """
 
     def __init__(self, address: str, stage: str) -> None:
-        parsed = urlparse(address)
-        self.bucket = parsed.netloc
-        self.prefix = "/".join(part for part in (parsed.path.strip("/"), stage) if part)
-        try:
-            with self._plain_errors():
-                self._client = boto3.client("s3", config=SETTINGS)
-        except ValueError as error:  # boto3's, of AWS_ENDPOINT_URL or the region
-            raise UserError(f"s3://{self.bucket} cannot be used (train.upload): {error}") from None
+        self.address = f"{address}/{stage}"
 
-    def url(self, step: int) -> str:
-        return f"s3://{self.bucket}/{self._key(step)}"
-
-    def _key(self, step: int, name: str = "") -> str:
-        return f"{self.prefix}/{step_name(step)}/{name}"
+    def url(self, step: int, name: str = "") -> str:
+        return f"{self.address}/{step_name(step)}/{name}"
 
     def listing(self) -> dict[int, dict[str, int]]:
         """For each step that has files: their names and sizes."""
         found: dict[int, dict[str, int]] = defaultdict(dict)
-        pattern = re.compile(re.escape(self.prefix) + r"/step-(\d{8})/([^/]+)")
-        with self._plain_errors():
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/")
-            for entry in (entry for page in pages for entry in page.get("Contents", [])):
-                if match := pattern.fullmatch(entry["Key"]):
-                    found[int(match[1])][match[2]] = entry["Size"]
+        pattern = re.compile(re.escape(self.address) + r"/step-(\d{8})/([^/]+)")
+        for url, size, _ in cloud.objects(f"{self.address}/"):
+            if match := pattern.fullmatch(url):
+                found[int(match[1])][match[2]] = size
         return found
 
     def finished(self) -> list[int]:
@@ -94,11 +60,8 @@ class Remote:
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """What the manifest of a step says; None where it is damaged."""
-        with self._plain_errors():
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(step, artifact.MANIFEST))
-            text = answer["Body"].read()
         try:
-            manifest = json.loads(text)
+            manifest = json.loads(cloud.read(self.url(step, artifact.MANIFEST)))
         except (json.JSONDecodeError, UnicodeDecodeError):
             return None
         return manifest if isinstance(manifest, dict) and genuine(manifest) else None
@@ -106,37 +69,21 @@ class Remote:
     def upload(self, step: int, folder: Path) -> None:
         """Copies a finished checkpoint; what stood there is no checkpoint from the first moment on."""
         names = sorted(path.name for path in folder.iterdir() if path.name != artifact.MANIFEST)
-        with self._plain_errors():
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(step, artifact.MANIFEST))
-            for name in [*names, artifact.MANIFEST]:
-                key = self._key(step, name)
-                self._client.upload_file(str(folder / name), self.bucket, key, Config=IN_THIS_THREAD)
+        cloud.remove(self.url(step, artifact.MANIFEST))
+        for name in [*names, artifact.MANIFEST]:
+            # More threads would take time from the training and outlive a wait that was given up.
+            cloud.store(folder / name, self.url(step, name), threads=False)
 
     def download(self, step: int, folder: Path) -> None:
         """Copies all files of a step to `folder`, and syncs them."""
         for name in self.listing()[step]:
-            with self._plain_errors():
-                self._client.download_file(self.bucket, self._key(step, name), str(folder / name))
+            with (folder / name).open("wb") as file:
+                cloud.fetch(self.url(step, name), file)
             artifact.sync(folder / name)
 
     def remove(self, step: int) -> None:
-        with self._plain_errors():
-            for name in [artifact.MANIFEST, *self.listing()[step]]:
-                self._client.delete_object(Bucket=self.bucket, Key=self._key(step, name))
-
-    @contextlib.contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        place = f"s3://{self.bucket}"
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound, ParamValidationError) as error:
-            raise UserError(f"{place} cannot be used (train.upload): {error}") from None
-        except ClientError as error:
-            if error.response["Error"]["Code"] in REFUSALS:
-                raise UserError(f"{place} cannot be used (train.upload): {error}") from None
-            raise ConnectionError(f"{place}: {error}") from error
-        except (BotoCoreError, Boto3Error) as error:
-            raise ConnectionError(f"{place}: {error}") from error
+        for name in [artifact.MANIFEST, *self.listing()[step]]:
+            cloud.remove(self.url(step, name))
 
 
 class Uploads:
@@ -164,7 +111,7 @@ class Uploads:
             self.start()
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            log.warning("the upload of checkpoints to s3://%s is given up after %g s", self.remote.bucket, timeout)
+            log.warning("the upload of checkpoints to %s is given up after %g s", self.remote.address, timeout)
 
     def _run(self) -> None:
         try:

@@ -1,5 +1,4 @@
-"""Google Cloud Storage, played by a stand-in with the calls that its library has: there is no server for it here.
-S3 is tested with the sources, against a real server, but for what that never refuses."""
+"""The seam to cloud storage, by the libraries of both clouds against servers on the loopback."""
 
 from __future__ import annotations
 
@@ -10,82 +9,92 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from google.api_core.exceptions import Forbidden, NotFound
-from google.auth.exceptions import DefaultCredentialsError
+from buckets import BUCKET, each_cloud, put
+from google.api_core.exceptions import Forbidden
+from helpers import free_port
 
 from data import cloud, storage
 from model.errors import UserError
 
-OBJECTS = {"music/a.wav": b"0123456789", "music/sub/b.wav": b"abc", "other/c.wav": b""}
+
+@pytest.fixture
+def music(bucket: str, tmp_path: Path) -> str:
+    """A bucket with three objects."""
+    contents = {"music/a b.wav": b"0123456789", "music/sub/\u00e9.wav": b"abc", "other/c.wav": b"c"}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    put(tmp_path, bucket)
+    return bucket
 
 
-stored: dict[str, bytes] = {}
-
-
-class Blob:
-    def __init__(self, name: str) -> None:
-        self.name, self.size, self.etag = name, len(OBJECTS.get(name, b"")), f"tag of {name}"
-
-    def download_to_file(self, file: Any, start: int | None = None, end: int | None = None) -> None:
-        if self.name not in OBJECTS:
-            raise NotFound("no")
-        file.write(OBJECTS[self.name][start or 0 : None if end is None else end + 1])
-
-    def upload_from_filename(self, path: str) -> None:
-        stored[self.name] = Path(path).read_bytes()
-
-
-class Client:
-    def list_blobs(self, bucket: str, prefix: str) -> Any:
-        if bucket != "here":
-            raise Forbidden("no")
-        return (Blob(name) for name in OBJECTS if name.startswith(prefix))
-
-    def bucket(self, name: str) -> Any:
-        return SimpleNamespace(blob=Blob)
-
-
-@pytest.fixture(autouse=True)
-def client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud, "_client", lambda *settings: Client())
-
-
-def test_listing_and_reading() -> None:
-    entries = storage.files_below("gs://here/music/")
-    assert [(entry.name, entry.size) for entry in entries] == [("a.wav", 10), ("sub/b.wav", 3)]
+@each_cloud
+def test_listing_and_reading(music: str) -> None:
+    entries = storage.files_below(f"{music}/music/")
+    assert [(entry.name, entry.size) for entry in entries] == [("a b.wav", 10), ("sub/\u00e9.wav", 3)]
     assert storage.read_bytes(entries[0].location) == b"0123456789"
-    assert storage.read_bytes(storage.stretch("gs://here/music/sub/b.wav", 1, 2)) == b"bc"
-    assert storage.is_folder("gs://here/music")
-    assert not storage.is_folder("gs://here/mus")
+    assert storage.read_bytes(storage.stretch(entries[1].location, 1, 2)) == b"bc"
+    assert storage.is_folder(f"{music}/music")
+    assert not storage.is_folder(f"{music}/mus")
 
 
-def test_faults_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError):
-        cloud.fetch("gs://here/none.wav", io.BytesIO())
-    with pytest.raises(UserError, match="gs://nowhere/ cannot be listed: access is refused; check the Google credent"):
-        storage.files_below("gs://nowhere/")
+@each_cloud
+def test_storing_and_removing(music: str, tmp_path: Path) -> None:
+    path, url = tmp_path / "new", f"{music}/music/a b.wav"
+    before = storage.tags([url])
+    path.write_bytes(b"else")
+    cloud.store(path, url, threads=False)
+    assert cloud.read(url) == b"else"
+    assert storage.tags([url]) != before
+    cloud.remove(url)
+    cloud.remove(url)
+    with pytest.raises(FileNotFoundError, match="no such object"):
+        cloud.read(url)
+    assert len(list(cloud.objects(f"{music}/"))) == 2
 
-    def none(*settings: Any) -> Any:
-        raise DefaultCredentialsError("none found")
 
-    monkeypatch.setattr(cloud, "_client", none)
-    with pytest.raises(UserError, match=r"none found\. Check the Google credentials"):
-        storage.files_below("gs://here/")
-
-
-def test_keys_that_s3_refuses_are_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise ClientError({"Error": {"Code": "InvalidAccessKeyId"}}, "ListObjectsV2")
-
-    monkeypatch.setattr(cloud, "_client", lambda *settings: SimpleNamespace(get_paginator=refuse))
-    with pytest.raises(
-        UserError, match=r"access is refused \(InvalidAccessKeyId\); check the AWS credentials"
-    ) as error:
-        storage.files_below("s3://here/music")
+@each_cloud
+def test_a_bucket_that_is_not_there_is_one_plain_line(bucket: str, tmp_path: Path) -> None:
+    nowhere = bucket.replace(BUCKET, "nowhere")
+    with pytest.raises(UserError, match=r"nowhere/x/ cannot be .*no .*bucket.*") as error:
+        storage.files_below(f"{nowhere}/x")
     assert "\n" not in str(error.value)
 
 
-def test_storing(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
-    cloud.store(tmp_path / "a", "gs://here/there/a")
-    assert stored == {"there/a": b"content"}
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_server_that_does_not_answer_may_come_back(scheme: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (server | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("google.cloud.storage.retry.DEFAULT_RETRY._timeout", 0.5)
+    with pytest.raises(cloud.Unreachable, match=f"{scheme}://{BUCKET}/x cannot be reached"):
+        cloud.fetch(f"{scheme}://{BUCKET}/x", io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "refusal", "words"),
+    [
+        ("s3", ClientError({"Error": {"Code": "AccessDenied"}}, "x"), r"\(AccessDenied\); check the AWS credentials"),
+        ("gs", Forbidden("no"), "; check the Google credentials"),
+    ],
+)
+def test_refused_keys_are_one_plain_line(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, refusal: Exception, words: str
+) -> None:
+    """The servers of these tests let everybody in."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise refusal
+
+    client = SimpleNamespace(get_paginator=refuse, list_blobs=refuse)
+    monkeypatch.setattr(cloud, "_client", lambda *settings: client)
+    with pytest.raises(UserError, match=rf"music/ cannot be listed: access is refused ?{words}") as error:
+        storage.files_below(f"{scheme}://here/music")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_credentials_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none are named, buckets that are open to all can be read."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match=r"gs://here/ cannot be used: .*none\.json.*Check the Google credentials"):
+        storage.files_below("gs://here/")

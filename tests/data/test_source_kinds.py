@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from buckets import BUCKET
+from buckets import BUCKET, each_cloud, put
 from streaming import MDSWriter
 
-from data import storage
+from data import cloud, storage
 from data.config import DataConfig
 from data.corpus import Clip, load_clip, read_clips, read_jsonl
 from data.indexing import index_audio
@@ -193,14 +193,9 @@ def test_tars_of_the_webdataset_package_read(tmp_path: Path) -> None:
     check_waves(tmp_path, clips, ["w0", "w0", "w1", "w1", "w2", "w2"])
 
 
-def put(s3: Any, folder: Path, prefix: str = "") -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            s3.put_object(Bucket=BUCKET, Key=prefix + path.relative_to(folder).as_posix(), Body=path.read_bytes())
-
-
+@each_cloud
 @pytest.mark.parametrize("kind", ["folder", "manifest", "tar", "tars", "mds"])
-def test_sources_in_a_bucket(s3: Any, tmp_path: Path, kind: str) -> None:
+def test_sources_in_a_bucket(bucket: str, tmp_path: Path, kind: str) -> None:
     here = tmp_path / "here"
     here.mkdir()
     if kind == "mds":
@@ -218,8 +213,8 @@ def test_sources_in_a_bucket(s3: Any, tmp_path: Path, kind: str) -> None:
         )
         if kind == "folder":
             (here / "songs.jsonl").unlink()
-    put(s3, here, "music/")
-    address = f"s3://{BUCKET}/music/"
+    put(here, f"{bucket}/music")
+    address = f"{bucket}/music/"
     audio = {"manifest": address + "songs.jsonl", "tar": address + "s-1.tar", "tars": address + "s-{0..1}.tar"}
     source = audio.get(kind, address)
     clips, skipped, info = index(tmp_path, source)
@@ -237,7 +232,8 @@ def test_sources_in_a_bucket(s3: Any, tmp_path: Path, kind: str) -> None:
     before = sources_fingerprint(DataConfig(audio=source))
     assert before == sources_fingerprint(DataConfig(audio=source))
     name = "shard.00000.mds.zstd" if kind == "mds" else "s-1.tar" if "tar" in kind else "m1.wav"
-    s3.put_object(Bucket=BUCKET, Key=f"music/{name}", Body=encoded("other"))
+    (here / "other").write_bytes(encoded("other"))
+    cloud.store(here / "other", address + name)
     assert before != sources_fingerprint(DataConfig(audio=source))
 
 
