@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from data.progress import Progress
 from launcher import inspect_tokens
+from launcher.figures import quantizer_figures
 from launcher.recipe import RECIPE
 from launcher.status import ORDER, TRAINED
 from launcher.units import counted, duration, short, size
@@ -26,6 +28,10 @@ from trainer.metrics_reader import METRICS, curve, read_metrics
 SHARD_INDEX = "index.json"
 LARGEST_HEADER = 100_000_000
 """Bytes of a safetensors header; the format allows no more."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values of a manifest that say nothing."""
+NUMBERS = {"bytes", "samples", "vectors", "left 1", "left all", "used", "perplexity"}
+"""Columns of a listing that are aligned on the right."""
 ROWS = 40
 """Rows shown of a long list."""
 
@@ -99,7 +105,8 @@ def _print(found: Inspection, console: Console) -> None:
     for listing in found.listings:
         table = Table(title=listing.title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in listing.columns:
-            table.add_column(column, justify="right" if column in ("bytes", "samples") else "left")
+            justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"
+            table.add_column(column, justify=justify, no_wrap=column == "histogram")
         for row in listing.rows[:ROWS]:
             table.add_row(*(escape(cell) for cell in row))
         if len(listing.rows) > ROWS:
@@ -119,7 +126,10 @@ def _artifact(path: Path, progress: Progress | None) -> Inspection:
     if found.manifest["inputs"]:
         made_from = (f"{name} {fingerprint}" for name, fingerprint in found.manifest["inputs"].items())
         inspection.facts["made from"] = ", ".join(made_from)
-    inspection.facts |= {name: _plain(value) for name, value in info.items() if name != "fields"}
+    if found.kind == "quantizers":
+        inspection.listings.append(_quantizers(info))
+        info = {name: {key: part[key] for key in part if key != "measured"} for name, part in info.items()}
+    inspection.facts |= {name: _plain(value) for name, value in info.items() if name != "fields" and value not in EMPTY}
     if "fields" in info:
         inspection.listings.append(_fields(info["fields"].values()))
     inspection.problems = artifact.problems(found)
@@ -157,6 +167,23 @@ def _fields(fields: Iterable[dict[str, Any]]) -> Listing:
         (part["name"], f"{part['rate_hz']:g} Hz", f"{part['quantizers']} × {part['codebook_size']}") for part in fields
     ]
     return Listing(("field", "rate", "quantizers × codes"), rows, "Token fields")
+
+
+def _quantizers(info: dict[str, Any]) -> Listing:
+    """How well fitted quantizers do, as the report has it."""
+    columns = ("measured on", "vectors", "left 1", "left all", "used", "perplexity")
+    rows = [
+        (
+            f"{row['quantizer']} {row['kind']} {row['split']}",
+            f"{row['vectors']:,}",
+            f"{row['variance_left'][0]:.1%}",
+            f"{row['variance_left'][-1]:.1%}",
+            f"{mean(row['usage']):.0%}",
+            f"{mean(row['perplexity']):.1f}",
+        )
+        for row in quantizer_figures(info)
+    ]
+    return Listing(columns, rows, "Variance left by level 1 and by all, codes used, perplexity (means of levels)")
 
 
 def _plain(value: Any) -> str:

@@ -66,6 +66,7 @@ def shown(path: Path) -> tuple[bool, str]:
         ("", ["run folder", "tokens", "5555555555555555"]),
         ("corpus", ["clips: 2040", "train 1900"]),
         ("tokens", ["acoustic", "8 × 256", "5 samples in 1 MDS shard", "records: train 5", "acoustic 7", "25 s"]),
+        ("quantizers", ["conditioning audio train", "1,256", "62.0%", "20.0%", "75%", "5.5"]),
         ("tokens/train", ["shard.00000.mds", "acoustic (ndarray:uint16)"]),
         ("semantic", ["trained stage", "steps: 600", "heads", "3 × 256 × 8"]),
         ("bundle", ["bundle", "made from: semantic 0000000000000000", "embedding.weight", "16 × 8"]),
@@ -80,6 +81,8 @@ def test_what_a_path_holds(made: Path, place: str, says: list[str]) -> None:
     assert "whole" in text
     for words in says:
         assert words in text
+    assert ": \n" not in text
+    assert "None" not in text
 
 
 def test_a_checkpoint_and_a_run_that_has_one(run: Path) -> None:
