@@ -142,26 +142,30 @@ def copy_metadata(address: str, folder: Path) -> None:
             (folder / name).write_bytes(cloud.read(f"{address}/{name}"))
 
 
-def disagreements(own: TokenCorpus, other: TokenCorpus) -> Iterator[str]:
-    """What keeps the tokens of two corpora from being mixed, in words that name both."""
-    where = f"{own.address} and {other.address} cannot be mixed (train.mix)"
-    if own.fingerprint == other.fingerprint:
+def disagreements(own: Mapping[str, Any], other: Mapping[str, Any], where: str) -> Iterator[str]:
+    """What keeps tokens with these manifests from being mixed, in words that begin with `where`.
+
+    Encoders are compared where both manifests name them.
+    """
+    if own["fingerprint"] == other["fingerprint"]:
         yield f"{where}: they are the same tokens."
-    for name in sorted({*own.info["fields"], *other.info["fields"]}):
-        fields = [corpus.info["fields"].get(name) or {} for corpus in (own, other)]
+    infos = own["info"], other["info"]
+    for name in sorted({name for info in infos for name in info["fields"]}):
+        fields = [info["fields"].get(name) or {} for info in infos]
         for part in ("rate_hz", "quantizers", "codebook_size"):
             first, second = (field.get(part) for field in fields)
             if first != second:
                 yield f"{where}: {part} of {name} is {first} in the first and {second} in the other."
     for part in ("hop_seconds", "embedding_seconds"):
-        if own.info[part] != other.info[part]:
-            yield f"{where}: {part} is {own.info[part]:g} in the first and {other.info[part]:g} in the other."
+        first, second = (info[part] for info in infos)
+        if first != second:
+            yield f"{where}: {part} is {first:g} in the first and {second:g} in the other."
     for part in INPUTS:
-        first, second = (corpus.manifest["inputs"].get(part) for corpus in (own, other))
+        first, second = (manifest["inputs"].get(part) for manifest in (own, other))
         if first != second:
             yield f"{where}: the {part} that made them differs (fingerprints {first} and {second})."
-    first, second = (corpus.info.get("encoders", {}).get("semantic") for corpus in (own, other))
-    if first != second:
+    first, second = (info.get("encoders", {}).get("semantic") for info in infos)
+    if first != second and None not in (first, second):
         yield f"{where}: the semantic encoder that made them differs (fingerprints {first} and {second})."
 
 

@@ -238,20 +238,21 @@ def _shards(path: Path, remote: str | None = None) -> Inspection:
             data = shard["zip_data"] or shard["raw_data"]
             file = path / data["basename"]
             rows.append((data["basename"], f"{shard['samples']:,}", size(data["bytes"])))
+            columns = list(zip(shard["column_names"], shard["column_encodings"], strict=True))
             if remote:
                 continue
             if not file.is_file():
                 problems.append(f"{file} is missing")
             elif file.stat().st_size != data["bytes"]:
                 problems.append(f"{file} has {file.stat().st_size} bytes, {data['bytes']} expected")
-            columns = list(zip(shard["column_names"], shard["column_encodings"], strict=True))
         samples = sum(shard["samples"] for shard in shards)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{path / SHARD_INDEX} is damaged: it does not read as an index of MDS shards.") from None
     inspection = Inspection(
         path, f"{counted(samples, 'sample')} in {counted(len(shards), 'MDS shard')}", problems=problems
     )
-    inspection.facts["columns"] = ", ".join(f"{name} ({encoding})" for name, encoding in columns)
+    if columns:
+        inspection.facts["columns"] = ", ".join(f"{name} ({encoding})" for name, encoding in columns)
     inspection.listings.append(Listing(("shard", "samples", "bytes"), rows))
     return inspection
 

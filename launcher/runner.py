@@ -19,6 +19,7 @@ from rich.markup import escape
 from data.processes import disk_full
 from launcher.display import Display
 from launcher.graph import STAGE_FILE, Origin, StageState, origins, plan_stages, problems, state_of
+from launcher.places import check_places
 from launcher.processes import Machine, environment, stage_command, start
 from launcher.recipe import Recipe
 from launcher.run_folder import RunFolder, check_owner
@@ -62,6 +63,7 @@ def run(
         states = state_of(folder.path, recipe, found)
         todo = plan_stages(states, only)
         folder.check_space(space_needed(recipe, todo))
+        check_places(recipe, found, todo)
         folder.adopt(recipe)
         _note_states(folder, found, states, todo)
         if todo:

@@ -111,7 +111,10 @@ def _fetch_metadata(setup: StageSetup) -> None:
 
 def _check(setup: StageSetup) -> None:
     own, *others = mixture(setup).corpora
-    problems = [problem for other in others for problem in disagreements(own, other)]
+    problems: list[str] = []
+    for other in others:
+        where = f"{own.address} and {other.address} cannot be mixed (train.mix)"
+        problems += disagreements(own.manifest, other.manifest, where)
     if len({corpus.fingerprint for corpus in others}) < len(others):
         problems.append("train.mix names the same tokens twice: name them once, with the sum of the weights.")
     if problems:
