@@ -1,9 +1,10 @@
 """EnCodec 24 kHz, MERT-v0 (95 M) and CLAP (HTSAT-tiny) with random weights in their true shapes, as folders that a
-recipe can name: what they say means nothing, what they cost is real."""
+recipe can name: what they say means nothing, what they cost is real. In other shapes they are small enough to test."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,18 +42,20 @@ def make_encodec(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def make_mert(folder: Path) -> None:
+def make_mert(folder: Path, **shape: Any) -> None:
     from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-    HubertModel(HubertConfig(feature_extractor_cqt=False, deepnorm=False)).save_pretrained(folder)
+    HubertModel(HubertConfig(feature_extractor_cqt=False, deepnorm=False, **shape)).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(sampling_rate=16_000, do_normalize=True).save_pretrained(folder)
 
 
-def make_clap(folder: Path) -> None:
+def make_clap(folder: Path, **shape: Any) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrainedTokenizerFast
 
-    model = ClapModel(ClapConfig(audio_config={"enable_fusion": False}))
+    audio = {"enable_fusion": False, **shape.pop("audio_config", {})}
+    config = ClapConfig(audio_config=audio, **shape)
+    model = ClapModel(config)
     # Random towers take all texts for alike, which is refused; strong embeddings and layers pull them apart.
     for parameter in model.text_model.parameters():
         if parameter.ndim > 1:
@@ -65,6 +68,7 @@ def make_clap(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
+    longest = config.text_config.max_position_embeddings - 2  # positions begin after that of <pad>
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=longest
     ).save_pretrained(folder)

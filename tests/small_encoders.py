@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.random_encoders import make_clap, make_mert
 from model.encoders.encodec import ARCHITECTURES
 
 CODEC = {"kind": "encodec", "sample_rate": 24_000, "frame_rate": 75, "quantizers": 4, "codebook_size": 64}
@@ -42,48 +43,26 @@ def fill_codebooks(model) -> None:
 
 
 def save_mert(folder: Path) -> Path:
-    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
-
     torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, conv_dim=[16] * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feature_extractor_cqt=False, deepnorm=False,
+    make_mert(
+        folder, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
-    HubertModel(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(sampling_rate=16_000, do_normalize=True).save_pretrained(folder)
     return folder
 
 
 def save_clap(folder: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrainedTokenizerFast
-
     torch.manual_seed(0)
     tower = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 32}
-    config = ClapConfig(
+    make_clap(
+        folder,
         text_config={"vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64, "pad_token_id": 1, **tower},
         audio_config={
             "patch_embeds_hidden_size": 8, "hidden_size": 64, "depths": [1, 1, 1, 1], "projection_dim": 32,
-            "num_attention_heads": [1, 1, 1, 1], "enable_fusion": False,
+            "num_attention_heads": [1, 1, 1, 1],
         },
         projection_dim=32,
     )  # fmt: skip
-    model = ClapModel(config)
-    # Random towers are collapsed; strong token embeddings and layers pull texts apart.
-    for parameter in model.text_model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(15)
-    model.save_pretrained(folder)
-    ClapFeatureExtractor(frequency_min=50, truncation="rand_trunc").save_pretrained(folder)
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    tokenizer = Tokenizer(models.BPE({**words, **{chr(33 + index): 4 + index for index in range(94)}}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=60
-    ).save_pretrained(folder)
     return folder
 
 
