@@ -204,7 +204,6 @@ def laion_model(audio: str) -> torch.nn.Module:
     return module.CLAP({"tiny": 768, "base": 1024}[audio], settings, text).eval()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("laion_clap") is None, reason="laion-clap is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("audio", ["tiny", "base"])
 def test_embeddings_are_those_of_laion_clap(tmp_path, audio):
