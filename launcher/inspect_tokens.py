@@ -95,6 +95,7 @@ def decode_record(path: Path, wanted: str, run: Path | None, output: Path) -> st
 
     from data.token_statistics import find_record
     from model.encoders import load_codec
+    from model.encoders.base import within_full_scale
 
     check_output(output)
     tokens = artifact.read(path, "tokens")
@@ -108,7 +109,8 @@ def decode_record(path: Path, wanted: str, run: Path | None, output: Path) -> st
         raise UserError(f"{path} was not made with the codec of {run}: name another with --run.")
     record = find_record(tokens, wanted)
     decoder = load_codec(codec.path, recipe.encoders.codec)
-    wave = decoder.decode(torch.from_numpy(record["acoustic"].astype("int64"))[None])[0]
+    codes = torch.from_numpy(record["acoustic"].astype("int64"))
+    wave = within_full_scale(decoder.decode(codes[None]))[0]
     soundfile.write(output, wave.numpy().T, decoder.sample_rate, subtype="PCM_16")
     captions = json.loads(record["captions"])
     told = f": {captions[0]}" if captions else ""

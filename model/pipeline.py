@@ -14,7 +14,7 @@ from torch import Tensor
 from model import artifact
 from model.config import STAGES, EncodersConfig, ExecutionConfig, SamplingConfig, StageModelConfig, StageName
 from model.encoders import load_codec, load_joint_embedder
-from model.encoders.base import Codec, JointEmbedder
+from model.encoders.base import Codec, JointEmbedder, within_full_scale
 from model.errors import UserError
 from model.fields import ACOUSTIC, CONDITIONING, TokenField
 from model.generation import GenerationConfig
@@ -129,7 +129,7 @@ class MusicPipeline:
         waves = [
             self.codec.decode(codes.cpu()) for codes in self._acoustic_codes(conditioning, seconds, config, on_step)
         ]
-        return Samples(torch.cat(waves).clamp(-1, 1), self.codec.sample_rate)
+        return Samples(within_full_scale(torch.cat(waves)), self.codec.sample_rate)
 
     def _embed(self, prompts: list[str] | None, like: Tensor | None) -> Tensor:
         """Unit vectors `[prompts or waves, dim]` of what the music is to follow."""

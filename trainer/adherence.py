@@ -31,7 +31,7 @@ from data.corpus import (
 )
 from data.progress import Progress
 from model import artifact
-from model.encoders.base import Codec, with_channels
+from model.encoders.base import Codec, with_channels, within_full_scale
 from model.pipeline import MusicPipeline
 from trainer.judge import JUDGED, Judge
 
@@ -105,7 +105,7 @@ def _load(corpus: Path, clips: Sequence[Clip], rate: int) -> torch.Tensor:
 def _through(codec: Codec, waves: np.ndarray) -> np.ndarray:
     """`waves [clips, samples]` encoded and decoded again, mixed to mono."""
     coded = codec.decode(codec.encode(with_channels(torch.from_numpy(waves), codec.channels)))
-    return with_channels(coded.clamp(-1, 1), 1).numpy()
+    return with_channels(within_full_scale(coded), 1).numpy()
 
 
 def _mono(wave: np.ndarray) -> np.ndarray:

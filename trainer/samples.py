@@ -24,7 +24,7 @@ from data.windows import Cut
 from model import artifact
 from model.config import STAGES, EncodersConfig, SamplingConfig, StageName
 from model.encoders import load_codec
-from model.encoders.base import Codec, with_channels
+from model.encoders.base import Codec, with_channels, within_full_scale
 from model.encoders.spectrum import LogMel, window_length
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
 from model.pipeline import ready, samplers
@@ -157,7 +157,7 @@ class Samples(Callback):
             self._count_codes(step, number, codes)
             if audible:
                 beat()
-                waves = self.codec.decode(codes[ACOUSTIC][..., :audible]).clamp(-1, 1)
+                waves = within_full_scale(self.codec.decode(codes[ACOUSTIC][..., :audible]))
                 mono = with_channels(waves, 1)  # for TensorBoard, which knows nothing else
                 folder.mkdir(parents=True, exist_ok=True)
                 for label, wave, mixed in zip(LABELS, waves, mono, strict=True):

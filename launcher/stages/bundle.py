@@ -33,5 +33,5 @@ STAGES = (
         1,
         bundle,
     ),
-    Stage("samples", ("corpus", "codec", "bundle"), picked("seed", "evaluation"), 1, samples),
+    Stage("samples", ("corpus", "codec", "bundle"), picked("seed", "evaluation"), 2, samples),
 )

@@ -108,3 +108,9 @@ def with_channels(waves: Tensor, channels: int) -> Tensor:
     if channels == 1:
         return waves.mean(1) if stereo else waves
     return waves if stereo else waves[:, None].expand(-1, channels, -1)
+
+
+def within_full_scale(waves: Tensor) -> Tensor:
+    """Decoded `waves` `[batch, …, samples]`, of which those that pass ±1 are made quieter as a whole: codes that a
+    model made up often decode to peaks of 2 or 3, and cutting these off is heard as distortion."""
+    return waves / waves.flatten(1).abs().amax(1).clamp_min(1).view(-1, *[1] * (waves.ndim - 1))

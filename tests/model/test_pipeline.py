@@ -56,6 +56,21 @@ def test_a_piece_is_its_prompt_and_its_seed_alone(codes):
     assert not torch.equal(codes([PROMPTS[1]], seed=5)[0], together[0])  # the prompt matters
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 8)])
+def test_music_that_is_too_loud_is_made_quieter_as_a_whole(pipeline, shape):
+    """And not cut off, which distorts; what is not too loud stays as it is."""
+    wave = torch.linspace(-1, 0.5, 8).expand(shape)
+    loudness = torch.tensor([3.0, 0.5]).view(2, *[1] * len(shape))
+
+    class Loud(Frozen):
+        def decode(self, codes):
+            return loudness * wave
+
+    pipeline.codec = Loud()
+    made = pipeline.generate(PROMPTS, seconds=0.2).waveform[:2]
+    assert torch.allclose(made, torch.stack([wave, 0.5 * wave]))
+
+
 def test_a_recording_gives_samples_too(codes):
     waves = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
     together = codes(None, like=waves, samples=2)
