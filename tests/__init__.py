@@ -1,1 +1,1 @@
-"""A package, so that it is found before the `tests` that other packages (laion-clap's) leave among the installed ones."""
+"""A package, so that it is found before the `tests` that others (laion-clap) leave among the installed packages."""
