@@ -10,11 +10,45 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from model.errors import UserError
 
 LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock. `since` is in seconds since 1970."""
+
+    host: str
+    pid: int
+    since: float
+
+    def alive(self) -> bool:
+        """Whether it still lives; a later process with its number is not it. Of another host that cannot be seen."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() <= self.since and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who works in `folder`, by what its lock file says; None where nobody does, or who did is dead.
+
+    The lock itself is not asked for: holding it for a moment could turn somebody away.
+    """
+    try:
+        found = _read_holder((folder / LOCK).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found if found and found.alive() else None
 
 
 @contextlib.contextmanager
@@ -30,9 +64,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{folder} is in use {_holder(file.read())}.") from None
+            raise UserError(f"{folder} is in use {_in_words(_read_holder(file.read()))}.") from None
         file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        file.write(json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time()))))
         file.flush()
         try:
             yield
@@ -51,13 +85,18 @@ def _opened(folder: Path):
         ) from None
 
 
-def _holder(text: str) -> str:
+def _read_holder(text: str) -> Holder | None:
     try:
-        holder = json.loads(text)
-        host, pid = holder["host"], holder["pid"]
-        since = time.strftime("%d %B %H:%M:%S", time.localtime(holder["since"]))
-    except (json.JSONDecodeError, KeyError, TypeError):  # it is just about to write who it is
+        return Holder(**json.loads(text))
+    except (json.JSONDecodeError, TypeError):  # a lock that nobody holds is empty
+        return None
+
+
+def _in_words(holder: Holder | None) -> str:
+    if holder is None:  # it is just about to write who it is
         return "by another process: wait for it"
-    here = host == socket.gethostname()
-    where = "" if here else f" on {host}"
-    return f"by process {pid}{where} since {since}: wait for it, or stop it{'' if here else ' there'} with `kill {pid}`"
+    since = time.strftime("%d %B %H:%M:%S", time.localtime(holder.since))
+    here = holder.host == socket.gethostname()
+    where = "" if here else f" on {holder.host}"
+    stop = f"stop it{'' if here else ' there'} with `kill {holder.pid}`"
+    return f"by process {holder.pid}{where} since {since}: wait for it, or {stop}"

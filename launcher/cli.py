@@ -112,6 +112,35 @@ def status(
 
 
 @app.command()
+def logs(
+    run: RunPath,
+    stage: Annotated[
+        str | None, typer.Argument(metavar="STAGE", help="The one that wrote last when not given.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what comes, until the stage ends.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many; 0 is all.", min=0)] = 50,
+    rank: Annotated[int | None, typer.Option(help="The log of this rank of a training.", min=0)] = None,
+) -> None:
+    """Show what a stage prints."""
+    from launcher.logs import goes_on, log_of, read_log
+
+    name, path = log_of(run, stage, rank)
+    for text in read_log(path, lines, lambda: follow and goes_on(run, name)):
+        print(text, end="", flush=True)
+
+
+@app.command()
+def stop(
+    run: RunPath,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for stages to save.")] = False,
+) -> None:
+    """Tell what works in a run to save and end, and wait until it has."""
+    from launcher.stopping import stop as stop_run
+
+    stop_run(run, now)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, a checkpoint or a bundle.")],
     record: Annotated[

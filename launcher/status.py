@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.lock import holder
 from launcher.recipe import RECIPE
-from launcher.run_folder import LOCK, read_state
+from launcher.run_folder import read_state
 from launcher.stages import STAGES
 from launcher.units import counted, duration, short
 from model.artifact import MANIFEST
@@ -79,7 +79,7 @@ def read_status(run: Path) -> RunStatus:
     recipe = _read_recipe(run)
     if recipe is None:
         raise UserError(f"{run} is not a run folder: it has no {RECIPE}.")
-    record, alive = read_state(run)["stages"], launcher_alive(run)
+    record, alive = read_state(run)["stages"], holder(run) is not None
     stages = [_stage(run, name, record.get(name, {}), recipe, alive) for name in ORDER]
     return RunStatus(
         run=run,
@@ -88,16 +88,6 @@ def read_status(run: Path) -> RunStatus:
         stages=stages,
         report=REPORT if (run / REPORT).is_file() else None,
     )
-
-
-def launcher_alive(run: Path) -> bool:
-    """Whether the launcher that the run's lock file names still lives; a later process with its number is not it."""
-    # The lock itself is not asked for: holding it for a moment could turn a launcher away.
-    holder = _read_json(run / LOCK) or {}
-    try:
-        return "pid" in holder and psutil.Process(holder["pid"]).create_time() <= holder["since"]
-    except psutil.Error:
-        return False
 
 
 def _overall(states: list[str], alive: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -182,4 +183,4 @@ def running(run: Path, stage: str, pid: int) -> None:
         record[name] = {"state": "running" if name == stage else "waiting", "reused": False, "error": None}
     record[stage]["started"] = time.time() - 30
     write_state(run, record)
-    (run / ".lock").write_text(json.dumps({"pid": pid, "since": time.time()}))
+    (run / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": pid, "since": time.time()}))

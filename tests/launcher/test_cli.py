@@ -9,7 +9,8 @@ import pytest
 from launcher import cli
 
 COMMANDS = (
-    "run", "plan", "status", "inspect", "corpus", "collect", "fit", "tokenize", "train", "export", "generate",
+    "run", "plan", "status", "logs", "stop", "inspect", "corpus", "collect", "fit", "tokenize", "train",
+    "export", "generate",
 )  # fmt: skip
 
 
@@ -56,6 +57,8 @@ def test_the_version_is_shown(stretto):
         ),
         (["plan", "quickstart", "seed=x"], "error: seed is 'x': it must be a whole number."),
         (["status", "nowhere"], "error: nowhere is not a run folder"),
+        (["logs", "nowhere"], "error: nowhere is not a run folder"),
+        (["stop", "nowhere"], "error: nowhere is not a run folder"),
         (["train", "semantik", "--run", "nowhere"], "Did you mean semantic?"),
         (["fit", "codek", "--run", "nowhere"], "Did you mean codec?"),
         (["tokenize", "--run", "nowhere"], "error: nowhere is not a run folder"),

@@ -17,6 +17,7 @@ from launcher.recipe import load_recipe
 from launcher.run_folder import RunFolder
 from launcher.runner import gist, space_needed, user_message
 from launcher.stages import STAGES
+from launcher.stopping import stop
 from model.errors import UserError
 from trainer.config import TrainConfig
 
@@ -203,6 +204,29 @@ def test_an_interrupt_ends_everything_and_says_how_to_go_on(run):
     assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == "interrupted"
     told.unlink()
     assert build(run)[0] == 0
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_it_can_be_stopped_from_elsewhere(run, now):
+    tell(run, "c", "sleep")
+    process, child = start(run), run.with_name("child")
+    wait_for(lambda: child.exists() and child.read_text())
+    said = []
+    stop(run, now, said.append)
+    assert f"process {process.pid} is told to save and end" in said[0]
+    assert "stopped. The same command goes on" in said[-1]
+    assert not of_run(run)
+    assert finish(process)[0] == 130
+    assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == "interrupted"
+    stop(run, say=said.append)
+    assert "nothing is running" in said[-1]
+
+
+def test_what_runs_on_another_machine_is_not_stopped_here(run):
+    assert build(run)[0] == 0
+    (run / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "since": time.time()}))
+    with pytest.raises(UserError, match=f"another machine: stop it there, with `kill {os.getpid()}` on elsewhere"):
+        stop(run)
 
 
 def test_a_second_run_in_the_same_folder_is_told_who_is_there(run):

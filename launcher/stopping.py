@@ -1,0 +1,54 @@
+"""`stretto stop`: what works in a run folder saves and ends, as if it had been interrupted where it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data.lock import Holder, holder
+from launcher.status import TRAINED, read_status
+from model.errors import UserError
+
+POLL_SECONDS = 0.2
+LONGEST = 120
+"""Seconds to wait for the end: a launcher gives its stages 60 to save."""
+
+
+def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> None:
+    """Tells the `stretto run` that works in `run`, or trainings that were started by hand, to save and end, and waits
+    until they have. With `now` the stages of a launcher are ended without saving.
+
+    Raises UserError where `run` is not a run folder, or what works there does so on another machine or does not end.
+    """
+    read_status(run)
+    launcher = holder(run)
+    trainings = [found for stage in TRAINED if (found := holder(run / stage))]
+    told = [launcher] if launcher else trainings  # a launcher tells the trainings it has started
+    if not told:
+        say(f"{run}: nothing is running.")
+        return
+    elsewhere = [f"`kill {found.pid}` on {found.host}" for found in told if found.host != socket.gethostname()]
+    if elsewhere:
+        raise UserError(f"{run} is worked in on another machine: stop it there, with {' and '.join(elsewhere)}.")
+    say(f"{run}: process {' and '.join(str(found.pid) for found in told)} is told to save and end.")
+    _signal(told)
+    if now and launcher:
+        time.sleep(1)  # two signals at once may be taken for one
+        _signal(told)
+    deadline = time.monotonic() + LONGEST
+    while any(found.alive() for found in told):
+        if time.monotonic() > deadline:
+            raise UserError(f"{run}: it has not ended after {LONGEST} s. `stretto stop --now` does not let it save.")
+        time.sleep(POLL_SECONDS)
+    say(f"{run}: stopped. The same command goes on from here.")
+
+
+def _signal(told: list[Holder]) -> None:
+    for found in told:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.pid, signal.SIGTERM)
