@@ -91,7 +91,7 @@ class Checkpointer:
             copies = remote.whole()
         except Unreachable:
             raise
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             raise UserError(f"train.upload: {error}") from None
         for step, manifest in copies.items():
             self._check_identity(manifest, remote.url(step), "choose another train.upload")
