@@ -141,6 +141,23 @@ def stop(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where runs are to be made: its disk is looked at.")
+    ] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False,
+) -> None:
+    """Say what is missing or wrong on this machine, and what to do about it (exit code 1 where no run would work)."""
+    from launcher.display import ConsoleProgress
+    from launcher.doctor import examine, print_findings
+
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        findings = examine(folder, progress)
+    if not print_findings(findings, as_json, Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, a checkpoint or a bundle.")],
     record: Annotated[

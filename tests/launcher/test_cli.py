@@ -10,7 +10,7 @@ from launcher import cli
 
 COMMANDS = (
     "run", "plan", "status", "logs", "stop", "inspect", "corpus", "collect", "fit", "tokenize", "train",
-    "export", "generate",
+    "export", "generate", "doctor",
 )  # fmt: skip
 
 
