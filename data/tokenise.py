@@ -92,14 +92,13 @@ def tokenise(
         rows = step.prepare(rows)
     clips = {split: [clip for clip in rows if clip.split == split] for split in (TRAIN, VALIDATION)}
     parts = plan_parts(clips, config.shard_seconds)
-    remote = config.upload and config.upload.rstrip("/")
     writers = {
         split: SplitWriter(
             folder / split,
             folder / artifact.WORK / split,
             tokeniser.columns,
             compression=config.compression,
-            remote=remote and f"{remote}/{split}",
+            remote=config.upload and f"{config.upload}/{split}",
         )
         for split in clips
     }
@@ -108,7 +107,7 @@ def tokenise(
     if not ranks.leads:
         return {}, {}
     job.wait_for_others()
-    return _finish(folder, writers, clips, job, encoders, remote)
+    return _finish(folder, writers, clips, job, encoders)
 
 
 def _finish(
@@ -117,7 +116,6 @@ def _finish(
     clips: dict[str, list[Clip]],
     job: _Job,
     encoders: EncodersConfig,
-    remote: str | None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Brings the parts together once all are there."""
     digests: dict[str, dict[str, Any]] = {}
@@ -142,7 +140,7 @@ def _finish(
         "skipped": len(unread),
         # Training clips of full length are what the words are learnt from.
         "captions": any(clip.captions for clip in kept if clip.split == TRAIN and clip.seconds == longest),
-        "remote": remote,
+        "remote": job.config.upload,
         "steps": job.config.model_dump(mode="json")["steps"],
     }
     return info, digests

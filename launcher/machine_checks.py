@@ -35,6 +35,11 @@ DRIVER = Path("/proc/driver/nvidia/version")
 SHARED_MEMORY = Path("/dev/shm")
 
 
+def _gpus_here() -> bool:
+    """Whether there are any, whatever CUDA_VISIBLE_DEVICES says: that is for one check to look at."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def python() -> Result:
     wanted = metadata.metadata("stretto")["Requires-Python"]
     found = f"{platform.python_version()} ({sys.executable})"
@@ -69,7 +74,7 @@ def gpus() -> Result:
     try:
         devices = visible_gpus()
     except UserError as error:
-        return "problem", str(error), ""
+        return "problem", str(error), "Set it to numbers, or unset it."
     driver = DRIVER.read_text().split("\n")[0] if DRIVER.exists() else "no driver"
     if not devices:
         return "ok", "none: everything runs on the CPU", ""
@@ -99,7 +104,7 @@ def compiler() -> Result:
     if missing:
         remedy = "DeepSpeed compiles parts at first use: install g++ (Debian: build-essential) and ninja (pip)."
         return "problem", f"no {' and no '.join(missing)}", remedy
-    if visible_gpus() and not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
+    if _gpus_here() and not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
         return "warning", "no CUDA toolkit", "Offloading compiles for the GPU: install nvcc and set CUDA_HOME."
     return "ok", ", ".join(str(path) for path in found.values()), ""
 
@@ -108,7 +113,7 @@ def attention() -> Result:
     """Kernels that are an extra: without them torch's own are taken."""
     extras = {"flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}
     there = [name for name, module in extras.items() if importlib.util.find_spec(module)]
-    if there or not visible_gpus():
+    if there or not _gpus_here():
         return "ok", f"torch's own kernels{', ' if there else ''}{', '.join(there)}", ""
     return "ok", "torch's own kernels; pip install 'stretto[cuda]' adds flash-attn and liger-kernel", ""
 

@@ -123,7 +123,7 @@ def tokens(context: Context) -> dict[str, Any]:
 
     recipe = context.recipe
     if recipe.tokens.upload and (context.ranks is None or context.ranks.leads):
-        check_place(recipe.tokens.upload.rstrip("/"), artifact.made_for(context.folder))
+        check_place(recipe.tokens.upload, artifact.made_for(context.folder))
     corpus, codec, embedding, quantizers = (context.run / name for name in TOKENS_NEED)
     info, files = tokenise(
         corpus,
@@ -146,7 +146,7 @@ def publish_tokens(context: Context) -> None:
     from data.shard_writer import upload
 
     if context.recipe.tokens.upload:
-        upload(context.folder, context.recipe.tokens.upload.rstrip("/"), artifact.MANIFEST)
+        upload(context.folder, context.recipe.tokens.upload, artifact.MANIFEST)
 
 
 def _fingerprints(encoders: EncodersConfig, *names: str) -> dict[str, Any]:
