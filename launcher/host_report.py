@@ -24,7 +24,7 @@ CODE = Path(__file__).parent.parent
 OUR_PACKAGES = ("model", "data", "trainer", "launcher", "ds_configs")
 SOURCE = {".py", ".yaml", ".json"}
 PACKAGES = ("stretto", "torch", "deepspeed", "mosaicml-streaming", "transformers", "numpy")
-"""Those that must be the same on every host: ranks of different versions disagree, or read each other's files wrongly."""
+"""Those that must be the same on every host: ranks of different versions disagree, or misread each other's files."""
 
 
 def report(folder: Path | None = None, marker: str = "") -> dict[str, Any]:

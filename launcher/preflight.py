@@ -146,9 +146,9 @@ def named_twice(hosts: Iterable[Host], own: Report, answers: Mapping[str, Answer
 def addresses(hosts: Iterable[Host], answers: Mapping[str, Answer]) -> dict[str, str]:
     """Where the other hosts reach each host that has answered; its name where that is not known."""
     hosts = list(hosts)
-    if len(hosts) == 1:
-        return {hosts[0].name: "127.0.0.1"}
     said = {name: answer.said for name, answer in answers.items() if answer.said}
+    if len(hosts) == 1:
+        return {host.name: "127.0.0.1" for host in hosts if host.here or said}
     from_here = [there["reached_from"] for there in said.values() if _own_address(there.get("reached_from"))]
     here = from_here[0] if from_here else socket.gethostname()
     found = {host.name: here for host in hosts if host.here}
