@@ -19,8 +19,8 @@ ELSEWHERE = "192.0.2.1"
 
 
 def use_interface() -> str | None:
-    """Lets gloo and NCCL use the interface by which the job's master is reached, where the job has several nodes and the
-    environment does not say what to use. Returns its name where it was needed and found."""
+    """Lets gloo and NCCL use the interface by which the job's master is reached, where the job has several nodes and
+    the environment does not say what to use. Returns its name where it was needed and found."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         return None
     unset = [name for name in (GLOO, NCCL) if not os.environ.get(name)]
@@ -31,8 +31,8 @@ def use_interface() -> str | None:
 
 
 def choose_interface(master: str) -> str | None:
-    """The name of the network interface by which `master` is reached. On the master itself, where its name may stand for
-    loopback, that by which other machines are."""
+    """The name of the network interface by which `master` is reached. On the master itself, where its name may stand
+    for loopback, that by which other machines are."""
     for target in (master, ELSEWHERE):
         for address in source_addresses(target):
             if not ipaddress.ip_address(address).is_loopback and (name := interface_of(address)):

@@ -17,7 +17,7 @@ from launcher.hosts import Host, crossing, module_on, read_hostfile
 from launcher.job_record import alive, elsewhere, read_job, supervisor
 from launcher.placement import Share, shares
 from launcher.places import check_places
-from launcher.preflight import check_hosts, fit
+from launcher.preflight import check_hosts
 from launcher.recipe import Recipe
 from launcher.room import HostRoom, LocalRoom, Room
 from launcher.run_folder import RunFolder, check_owner
@@ -51,7 +51,7 @@ def run(
         todo = plan_stages(states, only)
         _print_plan(console, states, todo)
         backend = Direct(path.absolute(), hosts)
-        _print_commands(console, backend, _room(recipe, hosts, todo), recipe, path.absolute(), todo)
+        _print_commands(console, backend, _room(recipe, path.absolute(), hosts, todo), recipe, path.absolute(), todo)
         return 0
     # Taken once: the user's files may change while the run goes on.
     found = origins(recipe)
@@ -64,7 +64,7 @@ def run(
         _note_states(folder, found, states, todo)
         if todo:
             backend = Direct(folder.path, hosts, addresses)
-            room = _room(recipe, hosts, todo)
+            room = _room(recipe, folder.path, hosts, todo)
             code = Execution(folder, recipe, found, states, todo, console, backend, room).run()
             if code:
                 return code
@@ -76,8 +76,8 @@ def run(
         return 0
 
 
-def _room(recipe: Recipe, hosts: Sequence[Host], todo: Sequence[Stage]) -> Room:
-    return HostRoom(recipe, hosts, shares(recipe, hosts, todo), fit) if hosts else LocalRoom(recipe)
+def _room(recipe: Recipe, run: Path, hosts: Sequence[Host], todo: Sequence[Stage]) -> Room:
+    return HostRoom(recipe, hosts, shares(recipe, hosts, todo), run) if hosts else LocalRoom(recipe)
 
 
 def _check(
