@@ -108,12 +108,17 @@ def plan(
 
 @app.command()
 def status(
-    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False
+    run: RunPath,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it up to date while anything runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False,
 ) -> None:
-    """Show every stage of a run: state, step, loss, speed, where its log is."""
-    from launcher.status import print_status
+    """Show every stage of a run: state, step, loss, speed, restarts, hosts, where its log is."""
+    from launcher.status import print_status, watch_status
 
-    print_status(run, as_json, Console())
+    if watch and not as_json:
+        watch_status(run, Console())
+    else:
+        print_status(run, as_json, Console())
 
 
 @app.command()

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +129,14 @@ class RunFolder:
     def _write(self) -> None:
         artifact.write_json(self.path / STATE, self.state)
 
-    def running(self) -> Iterator[str]:
+    def running(self) -> set[str]:
         """The stages that may still run, by what is known of their jobs here."""
-        for name, entry in self.state["stages"].items():
-            handle = entry.get("job") or (read_job(self.path, name) or {}).get("job")
-            if entry.get("state") != "running" or not handle:
-                continue
-            if entry.get("backend", DIRECT) != DIRECT or alive(handle) or elsewhere(self.path, name, handle):
-                yield name
+        return {name for name, entry in self.state["stages"].items() if may_run(self.path, name, entry)}
 
     def _clear_leftovers(self) -> None:
         """Removes what a killed process was writing, and gives back what it was about to replace; what still runs is
         left alone."""
-        running = set(self.running())
+        running = self.running()
         for folder in (self.path, *self.path.glob("*/"), *self.path.glob("*/checkpoints/")):
             if not folder.is_dir() or folder.name == PREVIOUS or running & set(folder.relative_to(self.path).parts):
                 continue
@@ -155,6 +150,17 @@ class RunFolder:
                 _remove(old) if place.exists() else old.rename(place)
         for torn in (self.path / "progress").glob(".*"):
             _remove(torn)
+
+
+def may_run(run: Path, stage: str, entry: Mapping[str, Any]) -> bool:
+    """Whether the job of a stage may still run, by what `state.json` says of it and what can be seen here."""
+    if entry.get("state") != "running":
+        return False
+    # A launcher that was killed just then had started the supervisor and not noted it yet.
+    handle = entry.get("job") or (read_job(run, stage) or {}).get("job")
+    if handle is None or entry.get("backend", DIRECT) != DIRECT:
+        return handle is not None
+    return alive(handle) or elsewhere(run, stage, handle)
 
 
 def check_owner(path: Path, recipe: Recipe) -> None:

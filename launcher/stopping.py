@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.lock import Holder, holder
-from launcher.job_record import alive, elsewhere, supervisor
-from launcher.run_folder import DIRECT, read_state
+from launcher.job_record import supervisor
+from launcher.run_folder import DIRECT, may_run, read_state
 from launcher.status import TRAINED, read_status
 from model.errors import UserError
 
@@ -55,9 +55,8 @@ def _left_running(run: Path) -> list[Holder]:
     """The supervisors of jobs that a launcher which is gone has started."""
     found = []
     for name, entry in read_state(run)["stages"].items():
-        handle = entry.get("job")
-        if handle and entry.get("backend", DIRECT) == DIRECT and (alive(handle) or elsewhere(run, name, handle)):
-            found.append(supervisor(handle))
+        if entry.get("job") and entry.get("backend", DIRECT) == DIRECT and may_run(run, name, entry):
+            found.append(supervisor(entry["job"]))
     return found
 
 
