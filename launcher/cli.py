@@ -155,15 +155,22 @@ def doctor(
     folder: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where runs are to be made: its disk is looked at.")
     ] = Path("runs"),
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="F", help="Look at the hosts it names, and the network between them, too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False,
 ) -> None:
     """Say what is missing or wrong on this machine, and what to do about it (exit code 1 where no run would work)."""
     from launcher.display import ConsoleProgress
     from launcher.doctor import examine, print_findings
+    from launcher.host_checks import examine_hosts
+    from launcher.hosts import read_hostfile
 
+    named = read_hostfile(hostfile) if hostfile else None
     with ConsoleProgress(Console(stderr=True)) as progress:
         findings = examine(folder, progress)
-    if not print_findings(findings, as_json, Console()):
+        hosts = examine_hosts(named, folder, progress) if named else None
+    if not print_findings(findings, as_json, Console(), hosts):
         raise typer.Exit(1)
 
 

@@ -86,16 +86,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, help="A folder that all hosts are to share.")
     parser.add_argument("--marker", default="", help="The name of a file that it holds.")
-    parser.add_argument("--checks", action="store_true", help="Look at everything a machine needs, too.")
     arguments = parser.parse_args()
-    told = report(arguments.run, arguments.marker)
-    if arguments.checks:
-        from dataclasses import asdict
-
-        from launcher.doctor import examine
-
-        told["checks"] = [asdict(finding) for finding in examine(arguments.run or Path.home(), ranks=False)]
-    print(json.dumps(told), flush=True)
+    print(json.dumps(report(arguments.run, arguments.marker)))
     return 0
 
 

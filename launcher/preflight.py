@@ -22,7 +22,9 @@ from model.errors import UserError
 
 Report = Mapping[str, Any]
 """What launcher.host_report says of a host."""
-SAME = "install the same on every host, or put it on a disk that all share."
+Wrong = Iterator[tuple[str, str]]
+"""What is wrong with a host, and what to do about it."""
+SAME = "Install the same on every host, or put it on a disk that all share."
 
 
 def check_hosts(hosts: Sequence[Host], run: Path, needed_bytes: int = 0) -> dict[str, str]:
@@ -31,10 +33,14 @@ def check_hosts(hosts: Sequence[Host], run: Path, needed_bytes: int = 0) -> dict
     Raises UserError with everything that keeps the hosts from working together in `run`, one line each.
     """
     own, answers = ask_hosts(hosts, run)
+    reports = reports_of(hosts, own, answers)
     problems = [f"{name} {answer.failure}. {answer.remedy}" for name, answer in answers.items() if answer.failure]
     for host in hosts:
-        problems += amiss(host, report_of(host, own, answers), own)
-    problems += [*missing_gpus(hosts, own, answers), *named_twice(hosts, own, answers)]
+        problems += amiss(host, reports.get(host.name, {}), own)
+        problems += [f"{host.name}: {found}. {remedy}" for found, remedy in missing_gpus(host.name, reports)]
+    found = addresses(hosts, answers)
+    for first, second in named_twice(reports, found):
+        problems.append(f"{first} and {second} are the same machine: name it once in the hostfile.")
     if own["folder"]["refused"]:
         problems.append(
             f"{own['folder']['path']} cannot be written: {own['folder']['refused']}. Choose another with -o."
@@ -46,18 +52,18 @@ def check_hosts(hosts: Sequence[Host], run: Path, needed_bytes: int = 0) -> dict
         )
     if problems:
         raise UserError("\n".join(problems))
-    return addresses(hosts, answers)
+    return found
 
 
-def ask_hosts(hosts: Sequence[Host], run: Path, *options: str) -> tuple[Report, dict[str, Answer]]:
-    """What this machine reports, and what the others answer; `options` are those of launcher.host_report.
+def ask_hosts(hosts: Sequence[Host], run: Path) -> tuple[Report, dict[str, Answer]]:
+    """What this machine reports, and what the others answer to launcher.host_report.
 
     A run folder that is not there will be made in the nearest folder that is, so that one is looked at.
     """
     folder = next(place for place in (run.absolute(), *run.absolute().parents) if place.is_dir())
     others = [host.name for host in hosts if not host.here]
     with _marked(folder) as marker:
-        given = ["--run", str(folder), "--marker", marker, *options]
+        given = ["--run", str(folder), "--marker", marker]
         answers = ask_all(others, lambda name: ask(name, "launcher.host_report", *given))
         return report(folder, marker), answers
 
@@ -76,70 +82,74 @@ def _marked(folder: Path) -> Iterator[str]:
             marker.unlink(missing_ok=True)
 
 
-def report_of(host: Host, own: Report, answers: Mapping[str, Answer]) -> Report | None:
-    return own if host.here else answers[host.name].said
+def reports_of(hosts: Iterable[Host], own: Report, answers: Mapping[str, Answer]) -> dict[str, Report]:
+    """What is known of the hosts that have answered, by their names."""
+    found = {host.name: own if host.here else answers[host.name].said for host in hosts}
+    return {name: there for name, there in found.items() if there is not None}
 
 
-def amiss(host: Host, there: Report | None, own: Report) -> list[str]:
-    """What keeps a host that has answered from working together with this machine, one line each."""
-    if there is None:
+def amiss(host: Host, there: Report, own: Report) -> list[str]:
+    """What keeps a host that has reported from working together with this machine, one line each."""
+    if not there:
         return []
-    lines = [*other_code(there, own), *other_versions(there, own)]
-    if own.keys() <= there.keys():  # else its code is so different that the rest means nothing
-        lines += [*slots_problems(host, there), *folder_problems(there, own)]
-    return [f"{host.name}: {line}" for line in lines]
+    wrong = [*other_source(there, own), *other_versions(there, own)]
+    if comparable(there, own):
+        wrong += [*too_many_slots(host, there), *folder_not_shared(there, own)]
+    return [f"{host.name}: {found}. {remedy}" for found, remedy in wrong]
 
 
-def other_code(there: Report, own: Report) -> Iterator[str]:
+def comparable(there: Report, own: Report) -> bool:
+    """Whether a report says at least what ours does: one of another version may not."""
+    return own.keys() <= there.keys()
+
+
+def other_source(there: Report, own: Report) -> Wrong:
     if there.get("code") != own["code"]:
         theirs, ours = f"{there.get('code')} in {there.get('place')}", f"{own['code']} in {own['place']}"
-        yield f"its Stretto is not the one here (source {theirs}, here {ours}): {SAME}"
+        yield f"its Stretto is not the one here (source {theirs}, here {ours})", SAME
 
 
-def other_versions(there: Report, own: Report) -> Iterator[str]:
+def other_versions(there: Report, own: Report) -> Wrong:
     theirs = {"Python": _minor(there.get("python", "")), **there.get("packages", {})}
     for name, ours in {"Python": _minor(own["python"]), **own["packages"]}.items():
         if theirs.get(name) != ours:
-            yield f"{name} is {theirs.get(name) or 'not installed'} there and {ours or 'not installed'} here: {SAME}"
+            yield f"{name} is {theirs.get(name) or 'not installed'} there and {ours or 'not installed'} here", SAME
 
 
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def slots_problems(host: Host, there: Report) -> Iterator[str]:
+def too_many_slots(host: Host, there: Report) -> Wrong:
     if 0 < there["gpus"] < host.slots:
-        have = counted(there["gpus"], "GPU")
-        yield f"it has {have}, but the hostfile says slots={host.slots}: write slots={there['gpus']}."
+        found = f"it has {counted(there['gpus'], 'GPU')}, but the hostfile says slots={host.slots}"
+        yield found, f"Write slots={there['gpus']}."
 
 
-def folder_problems(there: Report, own: Report) -> Iterator[str]:
-    """Of the run folder there, which must be the one here."""
+def missing_gpus(name: str, reports: Mapping[str, Report]) -> Wrong:
+    """Ranks on a host without GPUs could not talk to those on hosts that have some."""
+    have = [other for other, there in reports.items() if there.get("gpus")]
+    if have and name in reports and reports[name].get("gpus") == 0:
+        yield f"it has no GPU, and {have[0]} has", "Mend its driver (nvidia-smi), or leave it out of the hostfile."
+
+
+def folder_not_shared(there: Report, own: Report) -> Wrong:
     seen, path = there["folder"], own["folder"]["path"]
     if not seen["there"]:
-        yield f"it has no {path}: all hosts must share the run folder; mount its disk there at the same place."
+        yield f"it has no {path}", "All hosts must share the run folder: mount its disk there, at the same place."
     elif own["folder"]["marked"] and not seen["marked"]:
-        yield f"its {path} is not the one here: all hosts must share the run folder; mount its disk there."
+        yield f"its {path} is not the one here", "All hosts must share the run folder: mount its disk there."
     elif seen["refused"]:
-        yield f"it cannot write {path}: {seen['refused']}. Mount it writable there, for the same user."
+        yield f"it cannot write {path}: {seen['refused']}", "Mount it writable there, for the same user."
 
 
-def missing_gpus(hosts: Iterable[Host], own: Report, answers: Mapping[str, Answer]) -> Iterator[str]:
-    """Hosts without GPUs among others that have some: ranks on them could not talk to each other."""
-    reports = {host.name: report_of(host, own, answers) for host in hosts}
-    have = [name for name, there in reports.items() if there and there.get("gpus")]
-    for name, there in reports.items():
-        if have and there and there.get("gpus") == 0:
-            yield f"{name}: it has no GPU, and {have[0]} has: mend its driver (nvidia-smi), or leave it out."
-
-
-def named_twice(hosts: Iterable[Host], own: Report, answers: Mapping[str, Answer]) -> Iterator[str]:
-    """Machines that the hostfile names by two names."""
+def named_twice(reports: Mapping[str, Report], found: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Two names by which the hostfile names the same machine; `found` are the addresses of all."""
     first: dict[tuple[str, str], str] = {}
-    for name, address in addresses(hosts, answers).items():
-        machine = (answers[name].said if name in answers else own)["host"], address
+    for name, there in reports.items():
+        machine = there["host"], found[name]
         if machine in first:
-            yield f"{first[machine]} and {name} are the same machine ({' at '.join(machine)}): name it once."
+            yield first[machine], name
         first.setdefault(machine, name)
 
 

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.hosts import is_here, module_on, ssh
+from launcher.hosts import crossing, is_here, module_on, ssh
+from launcher.processes import Task
 
 ASK_SECONDS = 60.0
 """Python may have to come over a slow disk."""
@@ -57,12 +58,23 @@ def ask_all(names: Iterable[str], ask_one: Callable[[str], Answer]) -> dict[str,
         return dict(zip(names, pool.map(ask_one, names), strict=True))
 
 
-def ask(name: str, module: str, *arguments: str, told: str = "", limit: float = ASK_SECONDS) -> Answer:
-    """Runs one of our modules on a host and reads the JSON that it prints last. It is `told` that much at first; its
-    input stays open until it ends, or is to end because `limit` seconds have passed."""
+def ask(name: str, module: str, *arguments: str, limit: float = ASK_SECONDS) -> Answer:
+    """Runs one of our modules on a host and reads the JSON that it prints last."""
+    return _ask(name, module, module_on(name, module, *arguments), "", limit)
+
+
+def ask_as_a_run(name: str, place: str, module: str, *arguments: str, limit: float = ASK_SECONDS) -> Answer:
+    """As `ask`, of a module that is started as a run starts its ranks: below a guard, with the variables that cross.
+    `place` is where our packages lie there."""
+    command = [sys.executable, "-m", module, *arguments]
+    task = Task(command, place, crossing(), sharers=1, lease=limit + END_SECONDS)
+    return _ask(name, module, module_on(name, "launcher.guard"), json.dumps(task.to_json()) + "\n", limit)
+
+
+def _ask(name: str, module: str, command: list[str], told: str, limit: float) -> Answer:
+    """The input stays open until the command ends, or is to end because the time is up: a guard heeds it."""
     asked = time.time()
     reading, writing = os.pipe()
-    command = module_on(name, module, *arguments)
     with subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         os.close(reading)
         with contextlib.suppress(BrokenPipeError):

@@ -19,7 +19,7 @@ from nodes import Cluster, nodes, skip_reason
 from launcher.host_report import report, source_digest
 from launcher.hosts import Host
 from launcher.preflight import amiss, check_hosts, missing_gpus, returned
-from launcher.reach import Answer, why
+from launcher.reach import why
 from model.errors import UserError
 
 CHECK = """
@@ -100,8 +100,8 @@ def test_all_that_is_wrong_with_hosts_is_said_at_once(cluster: Cluster, tmp_path
     ):
         said = check(cluster, run, ["alpha", "beta", "gamma", "delta"])
     wanted = {
-        "beta: its Stretto is not the one here": "install the same",
-        f"beta: numpy is 1.26.0 there and {metadata.version('numpy')} here": "install the same",
+        "beta: its Stretto is not the one here": "Install the same",
+        f"beta: numpy is 1.26.0 there and {metadata.version('numpy')} here": "Install the same",
         f"beta: its {run} is not the one here": "mount its disk",
         "gamma cannot be reached: its ssh key is not in": f"ssh-keyscan gamma >> {known}",
         "delta cannot be reached: ssh: Could not resolve hostname delta": "in the hostfile",
@@ -160,10 +160,11 @@ def test_slots_that_are_more_than_the_gpus(tmp_path: Path) -> None:
     assert amiss(Host("beta", 8), eight, own) == []
     assert amiss(Host("beta", 100), none, own) == []  # processes, where there are no GPUs
     (line,) = amiss(Host("beta", 9), eight, own)
-    assert line == "beta: it has 8 GPUs, but the hostfile says slots=9: write slots=8."
-    answers = {name: Answer(said, "", "", 0, 0) for name, said in {"beta": eight, "gamma": none}.items()}
-    (line,) = missing_gpus([Host("beta", 8), Host("gamma", 8)], own, answers)
-    assert line.startswith("gamma: it has no GPU")
+    assert line == "beta: it has 8 GPUs, but the hostfile says slots=9. Write slots=8."
+    reports = {"beta": eight, "gamma": none}
+    assert list(missing_gpus("beta", reports)) == []
+    ((found, _),) = missing_gpus("gamma", reports)
+    assert found == "it has no GPU, and beta has"
 
 
 def test_a_host_that_answers_again(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_host_that_answers_again(tmp_path: Path) -> None:
     host = Host("beta", 1)
     assert returned(host, json.dumps(own), own) == []
     rebooted = report(tmp_path / "not-mounted", "recipe.yaml")
-    assert "share the run folder" in returned(host, json.dumps(rebooted), own)[0]
+    assert "must share the run folder" in returned(host, json.dumps(rebooted), own)[0]
     updated = changed(own, code="0123", packages={**own["packages"], "torch": "9.9"})
     assert [line.split(":")[0] for line in returned(host, json.dumps(updated), own)] == ["beta", "beta"]
     assert "Stretto" in returned(host, json.dumps({"host": "beta"}), own)[0]
