@@ -202,7 +202,8 @@ class Execution:
                 self._check_made(job)
             elif self.stops:
                 self.folder.record(job.stage.name, state="interrupted")
-            elif job.growing and ended.code == SAVED:
+            elif job.growing and not ended.lost and ended.code not in restarts.FINAL:
+                # It has saved, though the deepspeed command, which is told to stop as well, ends with a code of its own.
                 self._again(job.stage, 0.0, "more hosts are there")
             else:
                 self._mend(job, ended)
