@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 PORTS = range(20_000, 30_000)
 """Below those that the kernel gives out by itself."""
-PATIENCE = "STRETTO_PATIENCE"
-"""Seconds that a training waits for the lock of its stage: a lost host's lock is given back some time after its end."""
 LOCK_SECONDS = 120
+"""That a training which is started again waits for the lock of its stage (trainer.__main__)."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _slots(part: Part) -> str:
 
 
 def _attempt(job: Job) -> dict[str, str]:
-    return {PATIENCE: str(LOCK_SECONDS)} if job.attempt > 1 else {}
+    return {"STRETTO_PATIENCE": str(LOCK_SECONDS)} if job.attempt > 1 else {}
 
 
 def deepspeed_command() -> str:

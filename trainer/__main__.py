@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import faulthandler
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from trainer.setup import StageSetup
     from trainer.watchdog import Heartbeat
 
+PATIENCE = "STRETTO_PATIENCE"
+"""Seconds to wait for the lock, set where a stage is started again: a lost host's is given back after its end."""
 END_SECONDS = 60
 """How long a rank may take to end once its work is done, or has failed."""
 NOTICE_SECONDS = 3.0
@@ -118,7 +121,7 @@ def the_only_job(folder: Path) -> Iterator[None]:
         problem: list[str | None] = [None]
         if distributed.get_rank() == 0:
             try:
-                held.enter_context(locked(folder))
+                held.enter_context(locked(folder, float(os.environ.get(PATIENCE, "0"))))
             except UserError as error:
                 problem = [str(error)]
         distributed.broadcast_object_list(problem)
