@@ -238,6 +238,17 @@ def plan_stages(recipe: Recipe, cluster: Cluster) -> list[StagePlan]:
     return [_plan_stage(name, config, fields, dims, cluster) for name, config in recipe.stages]
 
 
+def training_flops(recipe: Recipe) -> dict[str, int]:
+    """FLOPs to train each of the three transformers."""
+    fields = token_fields(recipe.encoders, recipe.quantizers)
+    dims = {CONDITIONING: recipe.encoders.joint.dim, SEMANTIC: SEMANTIC_DIMS[recipe.encoders.semantic.kind]}
+    found = {}
+    for name, config in recipe.stages:
+        windows = config.train.steps * config.train.global_batch
+        found[name] = windows * count_stage(config.model, fields, dims).training_flops
+    return found
+
+
 def _plan_stage(
     name: str, config: StageConfig, fields: dict[str, TokenField], dims: dict[str, int], cluster: Cluster
 ) -> StagePlan:

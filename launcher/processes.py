@@ -1,23 +1,30 @@
-"""Starting the process of a stage: its command, its environment, its port and its GPUs."""
+"""What a stage's job runs on each of its hosts: commands, ports, GPUs, environment."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from launcher.recipe import Recipe
-from launcher.stage import Stage
+from launcher.hosts import LOCALHOST, Host, crossing, is_here
+from launcher.placement import Part, Share, count
 from model.errors import UserError
 from trainer.config import TrainConfig
 
-ANOTHER_JOBS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that would make a process believe it is part of a job it is not in."""
+if TYPE_CHECKING:
+    from launcher.backends import Job
+
+PORTS = range(20_000, 30_000)
+"""Below those that the kernel gives out by itself."""
+PATIENCE = "STRETTO_PATIENCE"
+"""Seconds that a training waits for the lock of its stage: a lost host's lock is given back some time after its end."""
+LOCK_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,24 @@ class Machine:
         """What is left for one stage when `parallel` run at once. With fewer GPUs than stages, they share them."""
         own = self.gpus[slot::parallel] or self.gpus[slot % len(self.gpus) :][:1] if self.gpus else ()
         return Machine(max(1, self.cores // parallel), own)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the guard of one host is to run (launcher.guard)."""
+
+    command: list[str]
+    folder: str
+    """Where it runs: wherever the user stands there may be a `data` or a `model` that hides ours."""
+    environment: dict[str, str]
+    """Laid over the host's own."""
+    sharers: int
+    """Processes that share the cores of the host."""
+    lease: float | None = None
+    """Seconds without a word after which it ends all; none on this machine, where a closed pipe says as much."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def gpus() -> tuple[str, ...]:
@@ -59,20 +84,70 @@ def ranks(config: TrainConfig, available_gpus: int) -> int:
     return next(count for count in range(available_gpus, 0, -1) if config.global_batch % (micro * count) == 0)
 
 
-def stage_command(stage: Stage, run: Path, recipe: Recipe, machine: Machine) -> tuple[list[str], int]:
-    """The command that makes a stage's artifact, and how many processes share the cores under it."""
-    target = ["--run", str(run), "--stage", stage.name]
-    if stage.trained:
-        module, count = "trainer", ranks(getattr(recipe.stages, stage.name).train, len(machine.gpus))
+def local_tasks(job: Job, machine: Machine) -> list[Task]:
+    """A job on this machine alone, whose GPUs, if it has any, are those of `machine`."""
+    (part,) = job.share
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if machine.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(machine.gpus)
     else:
-        module, wanted = "launcher.worker", stage.ranks(recipe) if stage.ranks else 1
-        count = min(wanted, len(machine.gpus) or wanted)
-        if count == 1:
-            return [sys.executable, "-m", module, *target], 1
-    where = f"--include=localhost:{','.join(machine.gpus[:count])}" if machine.gpus else f"--num_gpus={count}"
-    options = [f"--master_port={free_port()}", where, "--no_local_rank"]
-    # Without a host file of its own, deepspeed would follow one that lies at its standard place.
-    return [deepspeed_command(), "--hostfile=", *options, "--module", module, *target], count
+        environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+    if not job.stage.trained and count(job.share) == 1:
+        command = alone(job)
+    else:
+        where = f"--include={LOCALHOST}:{_slots(part)}" if machine.gpus else f"--num_gpus={count(job.share)}"
+        # Without a host file of its own, deepspeed would follow one that lies at its standard place.
+        options = ["--hostfile=", f"--master_port={free_port(job)}", where]
+        command = together(job, options)
+    return [Task(command, str(job.run), environment | _attempt(job), part.of)]
+
+
+def host_tasks(
+    job: Job, hosts: Sequence[Host], addresses: Mapping[str, str], hostfile: Path, lease: float
+) -> list[Task]:
+    """A job on the hosts of its share, one task each. `addresses` are where other hosts reach them, by their names, and
+    `hostfile` will hold those of the share."""
+    environment = {"PYTHONUNBUFFERED": "1", **crossing(job.recipe.environment), **_attempt(job)}
+    master = "127.0.0.1" if len(job.share) == 1 else addresses.get(job.share[0].host, job.share[0].host)
+    include = "@".join(f"{part.host}:{_slots(part)}" for part in job.share)
+    tasks = []
+    for node, part in enumerate(job.share):
+        own = dict(environment)
+        if not job.stage.trained and count(job.share) == 1:
+            command, own["CUDA_VISIBLE_DEVICES"] = alone(job), _slots(part)
+        else:
+            options = [f"--hostfile={hostfile}", f"--include={include}", "--no_ssh", f"--node_rank={node}"]
+            options += [f"--master_addr={master}", f"--master_port={free_port(job)}"]
+            command = together(job, options)
+        tasks.append(Task(command, str(job.run), own, part.of, None if is_here(part.host) else lease))
+    return tasks
+
+
+def hostfile_text(share: Share) -> str:
+    return "".join(f"{part.host} slots={part.of}\n" for part in share)
+
+
+def alone(job: Job) -> list[str]:
+    """A stage in one process."""
+    return [sys.executable, "-m", "launcher.worker", *_target(job)]
+
+
+def together(job: Job, options: Sequence[str]) -> list[str]:
+    """A stage under the deepspeed launcher."""
+    module = "trainer" if job.stage.trained else "launcher.worker"
+    return [deepspeed_command(), *options, "--no_local_rank", "--module", module, *_target(job)]
+
+
+def _target(job: Job) -> list[str]:
+    return ["--run", str(job.run), "--stage", job.stage.name]
+
+
+def _slots(part: Part) -> str:
+    return ",".join(map(str, part.slots))
+
+
+def _attempt(job: Job) -> dict[str, str]:
+    return {PATIENCE: str(LOCK_SECONDS)} if job.attempt > 1 else {}
 
 
 def deepspeed_command() -> str:
@@ -84,43 +159,18 @@ def deepspeed_command() -> str:
     return found
 
 
-def free_port() -> int:
-    """A port that is free now. Another process may take it before it is used: the runner then tries once more."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def environment(machine: Machine, count: int) -> dict[str, str]:
-    """For `count` processes that share `machine`."""
-    env = {name: value for name, value in os.environ.items() if name not in ANOTHER_JOBS}
-    env["PYTHONUNBUFFERED"] = "1"
-    # deepspeed looks for ninja, which lies beside this Python.
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores // count)))
-    if machine.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(machine.gpus)
-    else:
-        env.setdefault("DS_ACCELERATOR", "cpu")
-    return env
-
-
-def start(command: list[str], env: dict[str, str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Starts `command` in a process group of its own, under a guard that ends the group when this process ends.
-
-    It runs in `folder`: wherever the user stands there may be a `data` or a `model` that hides ours. What it prints is
-    appended to `log`.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        output.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
-        output.flush()
-        return subprocess.Popen(
-            [sys.executable, "-m", "launcher.guard", *command],
-            stdin=subprocess.PIPE,  # never written to: it closes with this process, and then the guard acts
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=env,
-            start_new_session=True,
-        )
+def free_port(job: Job) -> int:
+    """A port for the ranks of this attempt to meet at: another for each stage, run and attempt, and free on this
+    machine now. On another host it may be taken, and another process may take it before it is used: the job then ends,
+    and the next attempt has another."""
+    first = zlib.crc32(f"{job.run} {job.stage.name} {job.attempt}".encode()) % len(PORTS)
+    for number in range(len(PORTS)):
+        port = PORTS[(first + number) % len(PORTS)]
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"every port from {PORTS[0]} to {PORTS[-1]} is taken on this machine.")

@@ -14,8 +14,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from data.cloud import is_remote
 from data.config import DataConfig, TokensConfig
+from launcher.placement import PlacementConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
+from launcher.restarts import RestartsConfig
 from model.config import STAGES, Config, EncodersConfig, QuantizersConfig, SamplingConfig
 from model.errors import UserError, nearest
 from trainer.config import StageConfig
@@ -49,6 +51,10 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     parallel: PositiveInt = 1
     """Stages that may run on this machine at the same time."""
+    placement: PlacementConfig = PlacementConfig()
+    restarts: RestartsConfig = RestartsConfig()
+    environment: list[str] = Field([])
+    """Names of further variables that cross from here to every host."""
     fitted_from: str | None = None
     """Another run, whose codec, embedding and quantizers are taken over in place of fitting them here: the tokens of
     both then mean the same and can be mixed (train.mix)."""

@@ -16,6 +16,7 @@ import psutil
 
 from data.lock import LOCK, locked
 from launcher.guard import others_in_group
+from launcher.job_record import read_job
 from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
 from launcher.units import size
 from model import artifact
@@ -46,6 +47,10 @@ def read_state(run: Path) -> dict[str, Any]:
             f"{run} was made by a newer Stretto (format {version}; this one knows {artifact.FORMAT_VERSION}): "
             "upgrade Stretto, or choose another folder with -o."
         )
+    for name, entry in state["stages"].items():
+        said = read_job(run, name)
+        if said and entry.get("job") is not None and said.get("job") == entry["job"]:
+            entry.update(said)
     return state
 
 

@@ -1,0 +1,44 @@
+"""Where stages run: one file a kind of cluster, behind one interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from launcher.placement import Share
+from launcher.recipe import Recipe
+from launcher.restarts import Ended
+from launcher.stage import Stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt to make the artifact of a stage."""
+
+    run: Path
+    recipe: Recipe
+    stage: Stage
+    share: Share
+    """The hosts and slots it takes."""
+    attempt: int = 1
+    after: tuple[str, ...] = ()
+    """Handles of jobs that must have ended well before, where the cluster itself starts jobs when they are ready."""
+
+
+class Backend(Protocol):
+    """A kind of cluster. A handle is a short text that names a job to it, also in another process later."""
+
+    name: str
+
+    def submit(self, job: Job) -> str:
+        """Starts a job, or lets the cluster start it when it can. Raises UserError where the cluster refuses it."""
+
+    def poll(self, handle: str) -> Ended | None:
+        """How a job has ended; None while it lives or waits."""
+
+    def cancel(self, handle: str, now: bool = False) -> None:
+        """Tells a job to save and end; with `now` it is ended at once."""
+
+    def logs(self, handle: str) -> Path:
+        """What the processes of a job print."""

@@ -1,0 +1,168 @@
+"""Where there is room for a stage: on this machine, or on the hosts of a hostfile, some of which may be lost for a
+while."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from launcher.hosts import LOCALHOST, Host, module_on
+from launcher.placement import Part, Places, Share, counts, in_words, parse_share
+from launcher.placement import count as count_of
+from launcher.processes import Machine, ranks
+from launcher.recipe import Recipe
+from launcher.stage import Stage
+
+LOOK_SECONDS = 15.0
+"""Between two looks whether a lost host is back."""
+
+
+class Room(Protocol):
+    """Who may use what."""
+
+    def take(self, stage: Stage) -> Share | None:
+        """A share for a stage that is ready; None while there is no room."""
+
+    def again(self, hosts: str) -> Share:
+        """Takes the share, in words, of a stage that runs already."""
+
+    def release(self, share: Share) -> None:
+        """Gives a share back."""
+
+    def where(self, share: Share) -> str:
+        """What to say of it; nothing where it goes without saying."""
+
+    def lose(self, host: str) -> None:
+        """Leaves out a host that cannot be reached."""
+
+    def returned(self) -> Iterator[str]:
+        """Hosts that can be reached again since the last call."""
+
+    def could_grow(self, stage: Stage, share: Share) -> bool:
+        """Whether a stage that runs on less than it asked for could now have more."""
+
+
+class LocalRoom:
+    """This machine, for as many stages at once as the recipe says."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._machine = Machine.here()
+        self._taken: dict[int, Share] = {}
+
+    def take(self, stage: Stage) -> Share | None:
+        parallel = self._recipe.parallel
+        free = set(range(parallel)) - set(self._taken)
+        if not free:
+            return None
+        slot = min(free)
+        share = local_share(self._recipe, stage, self._machine.share(slot, parallel), parallel)
+        self._taken[slot] = share
+        return share
+
+    def again(self, hosts: str) -> Share:
+        share = parse_share(hosts, [])
+        self._taken[len(self._taken)] = share
+        return share
+
+    def release(self, share: Share) -> None:
+        slot = next(slot for slot, taken in self._taken.items() if taken is share)
+        del self._taken[slot]
+
+    def where(self, share: Share) -> str:
+        return ""
+
+    def lose(self, host: str) -> None:
+        raise AssertionError("this machine cannot be lost")
+
+    def returned(self) -> Iterator[str]:
+        return iter(())
+
+    def could_grow(self, stage: Stage, share: Share) -> bool:
+        return False
+
+
+def local_share(recipe: Recipe, stage: Stage, machine: Machine, parallel: int) -> Share:
+    """What a stage takes of its part of this machine."""
+    if stage.trained:
+        wanted = ranks(getattr(recipe.stages, stage.name).train, len(machine.gpus))
+    else:
+        asked = stage.ranks(recipe) if stage.ranks else 1
+        wanted = min(asked, len(machine.gpus) or asked)
+    slots = tuple(int(gpu) for gpu in machine.gpus[:wanted]) if machine.gpus else tuple(range(wanted))
+    return (Part(LOCALHOST, slots, parallel * wanted),)
+
+
+class HostRoom:
+    """The hosts of a hostfile. `wanted` is how many slots each stage is to have, and `well` says whether a host that
+    answers again is fit to take part."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        hosts: Sequence[Host],
+        wanted: Mapping[str, int],
+        well: Callable[[str], bool] = lambda host: True,
+    ) -> None:
+        self._recipe = recipe
+        self._hosts = list(hosts)
+        self._wanted = dict(wanted)
+        self._well = well
+        self._places = Places(hosts)
+        self._looks: dict[str, subprocess.Popen[bytes] | float] = {}
+        """For each lost host a look that is under way, or when the next is due."""
+
+    def take(self, stage: Stage) -> Share | None:
+        """While a host is lost a stage takes what there is: waiting for the rest could take days."""
+        possible = counts(self._recipe, stage, self._wanted[stage.name])
+        return self._places.take(possible if self._places.lost else possible[:1])
+
+    def again(self, hosts: str) -> Share:
+        share = parse_share(hosts, self._hosts)
+        self._places.hold(share)
+        return share
+
+    def release(self, share: Share) -> None:
+        self._places.release(share)
+
+    def where(self, share: Share) -> str:
+        return f"on {in_words(share)}"
+
+    def lose(self, host: str) -> None:
+        self._places.lost.add(host)
+        self._looks[host] = time.monotonic() + LOOK_SECONDS
+
+    def returned(self) -> Iterator[str]:
+        for host, look in list(self._looks.items()):
+            if isinstance(look, float):
+                if time.monotonic() >= look:
+                    self._looks[host] = _look(host)
+            elif (code := look.poll()) is not None:
+                if code == 0 and self._well(host):
+                    del self._looks[host]
+                    self._places.lost.discard(host)
+                    yield host
+                else:
+                    self._looks[host] = time.monotonic() + LOOK_SECONDS
+
+    def could_grow(self, stage: Stage, share: Share) -> bool:
+        if count_of(share) >= self._wanted[stage.name]:
+            return False
+        self._places.release(share)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._places.hold, share)
+            larger = [one for one in counts(self._recipe, stage, self._wanted[stage.name]) if one > count_of(share)]
+            found = self._places.take(larger)
+            if found is not None:
+                self._places.release(found)
+            return found is not None
+
+
+def _look(host: str) -> subprocess.Popen[bytes]:
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        module_on(host, "launcher.host_report"), stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+    )
