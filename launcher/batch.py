@@ -14,13 +14,15 @@ from rich.table import Table
 from launcher.backends import Backend, Job
 from launcher.graph import Origin, StageState
 from launcher.outcome import make_way
-from launcher.placement import Share
+from launcher.placement import Share, count
 from launcher.recipe import Recipe
 from launcher.run_folder import RunFolder, read_state
 from launcher.stage import Stage
+from launcher.units import counted
 from model.errors import UserError
 
 POLL_SECONDS = 5.0
+ENDED = ("done", "failed", "interrupted")
 
 
 class BatchBackend(Backend, Protocol):
@@ -41,7 +43,10 @@ def living(folder: RunFolder, found: Mapping[str, Origin], backend: BatchBackend
     handles, problems = {}, []
     for name, entry in folder.state["stages"].items():
         handle = entry.get("job")
-        if handle is None or entry.get("backend") != backend.name or backend.poll(handle) is not None:
+        # A job that has said how it ended may take a moment longer to be gone.
+        if handle is None or entry.get("backend") != backend.name or entry["state"] in ENDED:
+            continue
+        if backend.poll(handle) is not None:
             continue
         handles[name] = handle
         if Origin(**entry["made_from"]).fingerprint != found[name].fingerprint:
@@ -91,17 +96,14 @@ def submit_all(
 def _table(todo: Sequence[Stage], handles: Mapping[str, str], kept: set[str], shares: Mapping[str, Share]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "job", "takes", "waits for"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for stage in todo:
-        waits = [f"{need} ({handles[need]})" for need in stage.needs if need in handles]
-        job = handles[stage.name] + (" (submitted before)" if stage.name in kept else "")
-        table.add_row(stage.name, escape(job), escape(_takes(shares[stage.name])), escape(", ".join(waits)))
+        share = shares[stage.name]
+        nodes = f" on {len(share)} nodes" if len(share) > 1 else ""
+        waits = ", ".join(handles[need] for need in stage.needs if need in handles)
+        job = handles[stage.name] + (", which lives" if stage.name in kept else "")
+        table.add_row(stage.name, escape(job), counted(count(share), "rank") + nodes, escape(waits))
     return table
-
-
-def _takes(share: Share) -> str:
-    nodes, each = len(share), len(share[0].slots)
-    return f"{each} on {nodes} nodes" if nodes > 1 else f"{each}"
 
 
 def wait_for(folder: RunFolder, backend: BatchBackend, handles: Mapping[str, str], console: Console) -> int:

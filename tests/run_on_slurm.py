@@ -16,13 +16,14 @@ from launcher.run_folder import RunFolder
 
 
 def main() -> None:
-    name, path, *overrides = sys.argv[1:]
-    recipe = load_recipe(name, overrides)
+    name, path, *rest = sys.argv[1:]
+    only = [word.removeprefix("--only=") for word in rest if word.startswith("--only=")]
+    recipe = load_recipe(name, rest[len(only) :])
     found = origins(recipe)
     with RunFolder.opened(Path(path), recipe) as folder:
         backend = Slurm(folder.path, recipe.slurm)
         states = state_of(folder.path, recipe, found)
-        todo = plan_stages(states, ())
+        todo = plan_stages(states, only)
         handles = batch.living(folder, found, backend)
         backend.check(recipe, [stage for stage in todo if stage.name not in handles])
         folder.adopt(recipe)
