@@ -67,6 +67,8 @@ class Told:
 
     def _heed(self, number: int, frame: object) -> None:
         self.to_end = self.to_end or number == signal.SIGTERM
+        what = "to end" if self.to_end else "that its time is nearly up"
+        os.write(2, f"this job is told {what}; its ranks save\n".encode())  # print may be interrupted by itself
         if self.srun is not None and self.srun.poll() is None:
             # srun passes SIGUSR1 on; by SIGTERM it would kill the ranks.
             self.srun.send_signal(signal.SIGUSR1)

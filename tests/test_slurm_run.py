@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import time
 
+import psutil
 import pytest
-import yaml
 from helpers import ROOT
 from ranks import run_ranks
 from slurm_cluster import missing, slurm_cluster
@@ -107,37 +108,83 @@ def test_what_is_up_to_date_is_not_submitted(cluster, finished):
     assert len(jobs(cluster)) == before
 
 
-def changed(run, folder, **keys):
+def coarse_again(run, folder):
     """A copy of a finished run that is to train its coarse stage anew."""
-    shutil.copytree(run, folder)
-    shutil.rmtree(folder / "coarse")
-    (folder / "jobs" / "coarse.json").unlink()
-    return [f"stages.coarse.train.{key}={value}" for key, value in keys.items()]
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("coarse", "coarse.*"))
+    return folder
 
 
 def uninterrupted(run, folder):
     """The digest of the coarse weights when the same is trained without Slurm."""
-    shutil.copytree(run, folder)
-    for path in ("checkpoints", "model.safetensors", "manifest.json", "metrics.jsonl"):
-        target = folder / "coarse" / path
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    recipe["stages"]["coarse"]["train"]["checkpoint_every"] = 1000
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run_ranks(train, 2, folder.parent / "ranks", folder, "coarse")
+    coarse_again(run, folder)
+    (folder / "coarse").mkdir()
+    shutil.copy(run / "coarse" / "stage.json", folder / "coarse")
+    run_ranks(train, 2, folder.parent / "ranks", folder, "coarse", timeout=240)
     return artifact.file_digest(folder / "coarse" / "model.safetensors")
 
 
+def saved(run):
+    return list((run / "coarse" / "checkpoints").glob("step-*"))
+
+
+def ranks_of(run):
+    """The processes that train."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if words[1:3] == ["-m", "launcher.slurm_rank"] and str(run) in words:
+                yield process
+
+
 def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_path):
-    """Saving each step makes the training slow: it does not end before its minute does."""
-    run, *_ = finished
-    keys = changed(run, tmp_path / "run", steps=300, checkpoint_every=1, warmup_steps=2, validate_every=1000)
-    submit(cluster, tmp_path / "run", "--only=coarse", *keys, "slurm.time=1m", "slurm.signal_seconds=10")
-    wait_until(cluster, lambda: ended(tmp_path / "run", "coarse"))
-    found = entry(tmp_path / "run", "coarse")
-    log = (tmp_path / "run" / "logs" / "coarse.log").read_text()
-    assert (found["state"], found["restarts"] > 0) == ("done", True), log
-    assert "put back into the queue" in log
-    assert artifact.file_digest(tmp_path / "run" / "coarse" / "model.safetensors") == uninterrupted(
-        tmp_path / "run", tmp_path / "alone"
-    )
+    """The ranks are held until the signal has come, so that the training does not end before."""
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=200", "checkpoint_every=5", "validate_every=100")]
+    submit(cluster, run, "--only=coarse", *keys, "slurm.signal_seconds=10")
+    job = entry(run, "coarse")["job"]
+    wait_until(cluster, lambda: saved(run))
+    for process in ranks_of(run):
+        process.suspend()
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    expected = uninterrupted(run, tmp_path / "alone")
+    log = run / "logs" / "coarse.log"
+    wait_until(cluster, lambda: "its time is nearly up" in log.read_text())
+    for process in ranks_of(run):
+        process.resume()
+    wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    found = entry(run, "coarse")
+    assert (found["state"], found["job"], found["restarts"]) == ("done", job, 1), log.read_text()
+    assert "resumed at step" in log.read_text()
+    assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
+
+
+@pytest.mark.faults
+def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
+    """A more urgent job takes both nodes; ranks get some seconds."""
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=5", "validate_every=1000")]
+    submit(cluster, run, "--only=coarse", *keys)
+    wait_until(cluster, lambda: saved(run))
+    cluster.run("srun", "--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "true")
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    found = entry(run, "coarse")
+    assert (found["state"], found["restarts"]) == ("done", 1), (run / "logs" / "coarse.log").read_text()
+    expected = uninterrupted(run, tmp_path / "alone")
+    assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
+
+
+@pytest.mark.faults
+def test_a_stage_that_is_stopped_saves_and_is_not_put_back(cluster, finished, tmp_path):
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=1000", "validate_every=1000")]
+    submit(cluster, run, "--only=coarse", *keys)
+    metrics = run / "coarse" / "metrics.jsonl"
+    wait_until(cluster, lambda: metrics.exists() and '"train"' in metrics.read_text())
+    stop = "from launcher.backends.slurm import Slurm; import sys; Slurm(None, None).cancel(sys.argv[1])"
+    cluster.run(sys.executable, "-c", stop, entry(run, "coarse")["job"], env=ENVIRONMENT)
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    assert entry(run, "coarse")["state"] == "interrupted"
+    wait_until(cluster, lambda: jobs(cluster)["quickstart-coarse"] == "FAILED")
+    assert len(saved(run)) == 1
