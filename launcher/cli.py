@@ -69,14 +69,19 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder; runs/NAME when not given.")
     ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="On these hosts: lines such as `node1 slots=8`.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeats.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built and why, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built and why, and what would be executed, and stop.")
+    ] = False,
 ) -> None:
     """Make everything a recipe asks for that is not up to date. The same command continues what was stopped."""
     from launcher.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    _run(loaded, output or Path("runs") / loaded.name, only or [], dry_run)
+    _run(loaded, output or Path("runs") / loaded.name, only or [], dry_run, hostfile)
 
 
 @app.command()
@@ -325,11 +330,11 @@ def generate(
         print(f"{path}: {what}")
 
 
-def _run(recipe: Any, path: Path, only: list[str], dry_run: bool) -> None:
+def _run(recipe: Any, path: Path, only: list[str], dry_run: bool = False, hostfile: Path | None = None) -> None:
     from launcher.runner import run as run_recipe
 
     with plain_errors(path):
-        code = run_recipe(recipe, path, only, dry_run, Console())
+        code = run_recipe(recipe, path, only, dry_run, Console(), hostfile)
     if code:
         raise typer.Exit(code)
 
@@ -338,7 +343,7 @@ def _run_stage(run: Path, stage: str) -> None:
     """One stage of a run folder, by the recipe it was made with."""
     from launcher.recipe import read_run_recipe
 
-    _run(read_run_recipe(run), run, [stage], dry_run=False)
+    _run(read_run_recipe(run), run, [stage])
 
 
 def _one_of(name: str, names: tuple[str, ...], purpose: str) -> None:
