@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from model.config import Config
 
 UNITS = {"m": 1, "h": 60, "d": 24 * 60}
+KILOBYTES = {"K": 1, "": 1024, "M": 1024, "G": 1024**2, "T": 1024**3}
 SHORT = re.compile(r"([1-9]\d*)([mhd])")
 SLURMS = re.compile(r"(\d+-\d+|\d+:\d\d)(:\d\d){0,2}")
 
@@ -26,6 +27,12 @@ def minutes(text: str) -> int:
     return 24 * 60 * int(days or 0) + -(-seconds // 60)
 
 
+def megabytes(text: str) -> int:
+    """Memory as Slurm writes it: 900G, or 4000 for so many MB."""
+    number = text.rstrip("KMGT")
+    return -(-int(number) * KILOBYTES[text[len(number) :]] // 1024)
+
+
 def _time(value: Any) -> Any:
     # YAML reads 1:00:00 as 3600, which nobody could tell from 3600 minutes.
     if value is not None and not (isinstance(value, str) and (SHORT.fullmatch(value) or SLURMS.fullmatch(value))):
@@ -36,6 +43,7 @@ def _time(value: Any) -> Any:
 TimeLimit = Annotated[str, BeforeValidator(_time)]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
 """Text that stays on the line of the script it is written to."""
+Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
 Option = Annotated[str, Field(pattern=r"^-[^\n\r]+$")]
 
 
@@ -58,7 +66,7 @@ class SlurmConfig(Config):
     tasks_per_node: PositiveInt | None = None
     """Ranks of a node without GPUs; as many as the largest `train.ranks` needs on `nodes` when not given."""
     cpus_per_task: PositiveInt | None = None
-    mem: Line | None = None
+    mem: Memory | None = None
     """Memory of a node, such as 200G."""
     signal_seconds: NonNegativeInt = 300
     """How long before the time limit ranks are told to save; Slurm may tell them up to a minute earlier."""

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from launcher.backends.slurm_commands import ask
 from launcher.placement import Share
-from launcher.slurm_config import SlurmConfig, minutes
+from launcher.slurm_config import SlurmConfig, megabytes, minutes
 from model.errors import UserError, nearest
 
 GPUS = re.compile(r"gpu(?::[^:,(]+)?:(\d+)")
 """In the generic resources of a node: gpu:8, gpu:h100:8(S:0-1)."""
 ANY = ("ALL", "(null)", "N/A", "")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes that are alike."""
+
+    number: int
+    cpus: int
+    megabytes: int
+    gpus: int
 
 
 def problems(config: SlurmConfig, shares: Mapping[str, Share]) -> list[str]:
@@ -78,22 +89,30 @@ def _time(config: SlurmConfig, chosen: list[dict[str, str]]) -> Iterator[str]:
 
 def _nodes(config: SlurmConfig, chosen: list[dict[str, str]], shares: Mapping[str, Share]) -> Iterator[str]:
     """Compares what the largest job needs with what nodes there are, whether they are free now or not."""
-    listed = ask("sinfo", "--noheader", "--exact", f"--partition={_names(chosen)}", "--format=%D|%c|%G|%T").splitlines()
-    nodes = [line.split("|") for line in listed]
+    where, fitting = f"partition {_names(chosen)}", list(_listed_nodes(_names(chosen)))
     each = max((len(share[0].slots) for share in shares.values()), default=1)
-    gpus, cpus = min(each, config.gpus_per_node), each * (config.cpus_per_task or 1)
-    wanted = max((len(share) for share in shares.values()), default=1)
-    with_gpus = [line for line in nodes if sum(map(int, GPUS.findall(line[2]))) >= gpus]
-    fitting = [line for line in with_gpus if int(line[1].rstrip("+")) >= cpus]
-    where = f"partition {_names(chosen)}"
-    most = max((sum(map(int, GPUS.findall(line[2]))) for line in nodes), default=0)
-    if gpus and not with_gpus:
-        yield f"slurm.gpus_per_node: a job asks for {gpus} GPUs of a node, but nodes of {where} have {most or 'none'}."
-    elif not fitting:
-        largest = max((int(line[1].rstrip("+")) for line in with_gpus), default=0)
-        yield f"a job asks for {cpus} CPUs of a node (tasks × slurm.cpus_per_task); nodes of {where} have {largest}."
-    elif (number := sum(int(line[0]) for line in fitting)) < wanted:
+    needs = (
+        ("slurm.gpus_per_node", "gpus", "GPUs", min(each, config.gpus_per_node)),
+        ("slurm.cpus_per_task × ranks", "cpus", "CPUs", each * (config.cpus_per_task or 1)),
+        ("slurm.mem", "megabytes", "MB of memory", megabytes(config.mem or "0")),
+    )
+    for key, field, unit, wanted in needs:
+        most = max((getattr(nodes, field) for nodes in fitting), default=0)
+        if wanted > most:
+            yield f"{key}: a job asks for {wanted} {unit} of a node, but nodes of {where} have {most or 'none'}."
+            return
+        fitting = [nodes for nodes in fitting if getattr(nodes, field) >= wanted]
+    wanted, number = max((len(share) for share in shares.values()), default=1), sum(nodes.number for nodes in fitting)
+    if number < wanted:
         yield f"slurm.nodes: a job asks for {wanted} nodes, but {where} has {number} that fit."
+
+
+def _listed_nodes(partitions: str) -> Iterator[Nodes]:
+    format = "--format=%D|%c|%m|%G"
+    for line in ask("sinfo", "--noheader", "--exact", f"--partition={partitions}", format).splitlines():
+        number, cpus, memory, generic = line.split("|")
+        gpus = sum(map(int, GPUS.findall(generic)))
+        yield Nodes(int(number), int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus)
 
 
 def _names(chosen: list[dict[str, str]]) -> str:
