@@ -36,6 +36,7 @@ lint: $(INSTALLED)
 
 test: lint
 	tests/setup_libaio.sh $(BIN)/python
+	tests/setup_cluster.sh
 	$(BIN)/pytest -m 'not faults'
 
 faults: $(INSTALLED)

@@ -6,6 +6,7 @@ They talk over gloo: what they exchange is small beside what they compute.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from data.network import use_interface
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=24)
 """Ranks wait for the slowest; when one is lost, the launcher ends them all. This guards against our own faults."""
@@ -37,6 +42,8 @@ class Ranks:
             yield cls()
             return
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        if interface := use_interface():
+            log.info("reaching the other nodes through network interface %s", interface)
         distributed.init_process_group("gloo", timeout=TIMEOUT)
         try:
             yield cls(distributed.get_rank(), distributed.get_world_size())

@@ -69,14 +69,19 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder; runs/NAME when not given.")
     ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="On these hosts: lines such as `node1 slots=8`.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeats.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built and why, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built and why, and what would be executed, and stop.")
+    ] = False,
 ) -> None:
     """Make everything a recipe asks for that is not up to date. The same command continues what was stopped."""
     from launcher.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    _run(loaded, output or Path("runs") / loaded.name, only or [], dry_run)
+    _run(loaded, output or Path("runs") / loaded.name, only or [], dry_run, hostfile)
 
 
 @app.command()
@@ -103,12 +108,17 @@ def plan(
 
 @app.command()
 def status(
-    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False
+    run: RunPath,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it up to date while anything runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False,
 ) -> None:
-    """Show every stage of a run: state, step, loss, speed, where its log is."""
-    from launcher.status import print_status
+    """Show every stage of a run: state, step, loss, speed, restarts, hosts, where its log is."""
+    from launcher.status import print_status, watch_status
 
-    print_status(run, as_json, Console())
+    if watch and not as_json:
+        watch_status(run, Console())
+    else:
+        print_status(run, as_json, Console())
 
 
 @app.command()
@@ -145,15 +155,22 @@ def doctor(
     folder: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where runs are to be made: its disk is looked at.")
     ] = Path("runs"),
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="F", help="Look at the hosts it names, and the network between them, too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs rather than people.")] = False,
 ) -> None:
     """Say what is missing or wrong on this machine, and what to do about it (exit code 1 where no run would work)."""
     from launcher.display import ConsoleProgress
     from launcher.doctor import examine, print_findings
+    from launcher.host_checks import examine_hosts
+    from launcher.hosts import read_hostfile
 
+    named = read_hostfile(hostfile) if hostfile else None
     with ConsoleProgress(Console(stderr=True)) as progress:
         findings = examine(folder, progress)
-    if not print_findings(findings, as_json, Console()):
+        hosts = examine_hosts(named, folder, progress) if named else None
+    if not print_findings(findings, as_json, Console(), hosts):
         raise typer.Exit(1)
 
 
@@ -325,11 +342,11 @@ def generate(
         print(f"{path}: {what}")
 
 
-def _run(recipe: Any, path: Path, only: list[str], dry_run: bool) -> None:
+def _run(recipe: Any, path: Path, only: list[str], dry_run: bool = False, hostfile: Path | None = None) -> None:
     from launcher.runner import run as run_recipe
 
     with plain_errors(path):
-        code = run_recipe(recipe, path, only, dry_run, Console())
+        code = run_recipe(recipe, path, only, dry_run, Console(), hostfile)
     if code:
         raise typer.Exit(code)
 
@@ -338,7 +355,7 @@ def _run_stage(run: Path, stage: str) -> None:
     """One stage of a run folder, by the recipe it was made with."""
     from launcher.recipe import read_run_recipe
 
-    _run(read_run_recipe(run), run, [stage], dry_run=False)
+    _run(read_run_recipe(run), run, [stage])
 
 
 def _one_of(name: str, names: tuple[str, ...], purpose: str) -> None:

@@ -60,12 +60,12 @@ class Display:
         """A line that stays."""
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, how: str = "") -> None:
         self._pace[stage], self._lines[stage] = Pace(), time.monotonic()
         if self.console.is_terminal:
-            self._tasks[stage] = self._bars.add_task(stage, total=None, text="starting")
+            self._tasks[stage] = self._bars.add_task(stage, total=None, text=escape(f"starting {how}".rstrip()))
         else:
-            self.say(f"{stage}: started")
+            self.say(f"{stage}: started{escape(f' {how}') if how else ''}")
 
     def end(self, stage: str) -> None:
         if stage in self._tasks:

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -148,7 +148,7 @@ class Execution:
             self.waiting.remove(stage)
             self.running.append(Running(stage, entry["job"], share, log, entry["log_start"], started, step))
             self.tries[stage.name].attempts = entry.get("attempt", 1)
-            self.display.begin(stage.name, f"still runs on {in_words(share)}")
+            self.display.begin(stage.name, "before, and taken over")
 
     def _start_ready(self) -> None:
         unfinished = {stage.name for stage in self.waiting} | {job.stage.name for job in self.running}
@@ -183,7 +183,7 @@ class Execution:
         handle = self.backend.submit(Job(path, self.recipe, stage, share, tries.attempts))
         self.folder.record(name, job=handle)
         self.running.append(Running(stage, handle, share, log, log_start, time.monotonic(), step))
-        self.display.begin(name, f"{'again ' if tries.attempts > 1 else ''}{self.room.where(share)}".strip())
+        self.display.begin(name, self.room.where(share))
 
     def _collect(self) -> None:
         """Takes note of the stages that have ended."""
@@ -202,7 +202,8 @@ class Execution:
                 self._check_made(job)
             elif self.stops:
                 self.folder.record(job.stage.name, state="interrupted")
-            elif job.growing and ended.code == SAVED:
+            elif job.growing and not ended.lost and ended.code not in restarts.FINAL:
+                # It has saved, though the deepspeed command, which is told to stop as well, ends with a code of its own.
                 self._again(job.stage, 0.0, "more hosts are there")
             else:
                 self._mend(job, ended)
@@ -239,7 +240,7 @@ class Execution:
         newest = checkpoint_step(self.folder.path / name)
         progressed = newest is not None and newest > (job.step or 0)
         pause = restarts.restart_after(ended, tries.failures, progressed, self.recipe.restarts)
-        if code == 2 and not ended.lost or pause is None:
+        if (code == 2 and not ended.lost) or pause is None:
             self._note_failure(job.stage, message, code, job)
             return
         tries.failures = (0 if progressed else tries.failures) + 1
@@ -253,9 +254,7 @@ class Execution:
         )
         self.waiting.insert(0, stage)
         when = f" in {duration(pause)}" if pause else ""
-        self.display.say(
-            f"{stage.name}: {escape(words)}; it {again_from(self.folder.path / stage.name)}{when}", wrap=False
-        )
+        self.display.say(f"{stage.name}: {escape(words)}; it {again_from(self.folder.path / stage.name)}{when}")
 
     def _note_failure(self, stage: Stage, message: str, code: int, job: Running | None = None) -> None:
         name = stage.name

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import psutil
 
 from launcher.guard import END, PING, SAVE
-from launcher.job_record import record_job
+from launcher.job_record import handle_of, record_job
 
 POLL_SECONDS = 0.1
 PING_SECONDS = 2.0
@@ -51,11 +50,6 @@ class Node:
         with contextlib.suppress(BrokenPipeError):
             self.guard.stdin.write(what)
             self.guard.stdin.flush()
-
-
-def handle_of(stage: str, process: psutil.Process) -> str:
-    """What names a supervisor: a later process with its number has another time."""
-    return f"{stage}:{socket.gethostname()}:{process.pid}:{process.create_time():.2f}"
 
 
 def main() -> int:

@@ -229,10 +229,6 @@ def _by_flops(recipe: Recipe, hosts: Sequence[Host], names: Sequence[str], total
     if not possible:  # fewer slots than stages: one after another, each on all it can have
         return {name: max(fitting) for name, fitting in zip(names, choices, strict=True)}
 
-    def slowest(chosen: tuple[int, ...]) -> tuple[float, int]:
-        times = [flops[name] / ranks for name, ranks in zip(names, chosen, strict=True)]
-        return max(times), sum(chosen)
-
-    return dict(zip(names, min(possible, key=slowest), strict=True))
-
-
+    times = [max(flops[name] / ranks for name, ranks in zip(names, chosen, strict=True)) for chosen in possible]
+    _, _, best = min((time, sum(chosen), chosen) for time, chosen in zip(times, possible, strict=True))
+    return dict(zip(names, best, strict=True))

@@ -97,7 +97,7 @@ def local_tasks(job: Job, machine: Machine) -> list[Task]:
     else:
         where = f"--include={LOCALHOST}:{_slots(part)}" if machine.gpus else f"--num_gpus={count(job.share)}"
         # Without a host file of its own, deepspeed would follow one that lies at its standard place.
-        options = ["--hostfile=", f"--master_port={free_port(job)}", where]
+        options = ["--hostfile=", f"--master_port={port_for(job)}", where]
         command = together(job, options)
     return [Task(command, str(job.run), environment | _attempt(job), part.of)]
 
@@ -117,7 +117,7 @@ def host_tasks(
             command, own["CUDA_VISIBLE_DEVICES"] = alone(job), _slots(part)
         else:
             options = [f"--hostfile={hostfile}", f"--include={include}", "--no_ssh", f"--node_rank={node}"]
-            options += [f"--master_addr={master}", f"--master_port={free_port(job)}"]
+            options += [f"--master_addr={master}", f"--master_port={port_for(job)}"]
             command = together(job, options)
         tasks.append(Task(command, str(job.run), own, part.of, None if is_here(part.host) else lease))
     return tasks
@@ -159,7 +159,7 @@ def deepspeed_command() -> str:
     return found
 
 
-def free_port(job: Job) -> int:
+def port_for(job: Job) -> int:
     """A port for the ranks of this attempt to meet at: another for each stage, run and attempt, and free on this
     machine now. On another host it may be taken, and another process may take it before it is used: the job then ends,
     and the next attempt has another."""
@@ -174,3 +174,10 @@ def free_port(job: Job) -> int:
                 continue
             return port
     raise UserError(f"every port from {PORTS[0]} to {PORTS[-1]} is taken on this machine.")
+
+
+def free_port() -> int:
+    """A port that is free now; another process may take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -11,6 +11,8 @@ from trainer.exit_codes import DIVERGED, FAULT, HUNG, SAVED
 
 LONGEST_PAUSE = 300.0
 USER = 2
+FINAL = (0, USER, DIVERGED)
+"""Codes after which another attempt would end alike."""
 
 
 class RestartsConfig(Config):
@@ -39,7 +41,7 @@ def restart_after(ended: Ended, failures: int, progressed: bool, config: Restart
     attempt made one. A fault of the program (FAULT) is most likely to come again, so without a new checkpoint there is
     no second attempt.
     """
-    if not ended.lost and (ended.code in (0, USER, DIVERGED) or (ended.code == FAULT and not progressed)):
+    if not ended.lost and (ended.code in FINAL or (ended.code == FAULT and not progressed)):
         return None
     if progressed:
         failures = 0

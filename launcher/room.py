@@ -4,18 +4,23 @@ while."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+from launcher.host_report import report
 from launcher.hosts import LOCALHOST, Host, module_on
 from launcher.placement import Part, Places, Share, counts, in_words, parse_share
 from launcher.placement import count as count_of
+from launcher.preflight import returned
 from launcher.processes import Machine, ranks
 from launcher.recipe import Recipe
 from launcher.stage import Stage
 
+log = logging.getLogger(__name__)
 LOOK_SECONDS = 15.0
 """Between two looks whether a lost host is back."""
 
@@ -97,23 +102,23 @@ def local_share(recipe: Recipe, stage: Stage, machine: Machine, parallel: int) -
 
 
 class HostRoom:
-    """The hosts of a hostfile. `wanted` is how many slots each stage is to have, and `well` says whether a host that
-    answers again is fit to take part."""
+    """The hosts of a hostfile, which share the folder `run`. `wanted` is how many slots each stage is to have."""
 
     def __init__(
         self,
         recipe: Recipe,
         hosts: Sequence[Host],
         wanted: Mapping[str, int],
-        well: Callable[[str], bool] = lambda host: True,
+        run: Path,
     ) -> None:
         self._recipe = recipe
         self._hosts = list(hosts)
         self._wanted = dict(wanted)
-        self._well = well
+        self._run = run
         self._places = Places(hosts)
         self._looks: dict[str, subprocess.Popen[bytes] | float] = {}
         """For each lost host a look that is under way, or when the next is due."""
+        self._refused: set[str] = set()
 
     def take(self, stage: Stage) -> Share | None:
         """While a host is lost a stage takes what there is: waiting for the rest could take days."""
@@ -139,14 +144,35 @@ class HostRoom:
         for host, look in list(self._looks.items()):
             if isinstance(look, float):
                 if time.monotonic() >= look:
-                    self._looks[host] = _look(host)
-            elif (code := look.poll()) is not None:
-                if code == 0 and self._well(host):
+                    self._looks[host] = self._look(host)
+            elif look.poll() is not None:
+                if look.returncode == 0 and self._fit(host, look):
                     del self._looks[host]
                     self._places.lost.discard(host)
                     yield host
                 else:
                     self._looks[host] = time.monotonic() + LOOK_SECONDS
+
+    def _look(self, host: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            module_on(host, "launcher.host_report", "--run", str(self._run)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # a line: less than a pipe holds
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _fit(self, host: str, look: subprocess.Popen[bytes]) -> bool:
+        """Whether a host that answers again is what it was: somebody may have set it up anew."""
+        assert look.stdout is not None
+        said = look.stdout.read().decode(errors="replace")
+        look.stdout.close()
+        known = next(one for one in self._hosts if one.name == host)
+        problems = returned(known, said, report(self._run))
+        if problems and host not in self._refused:
+            self._refused.add(host)
+            log.warning("%s is back but cannot take part: %s", host, "; ".join(problems))
+        return not problems
 
     def could_grow(self, stage: Stage, share: Share) -> bool:
         if count_of(share) >= self._wanted[stage.name]:
@@ -159,10 +185,3 @@ class HostRoom:
             if found is not None:
                 self._places.release(found)
             return found is not None
-
-
-def _look(host: str) -> subprocess.Popen[bytes]:
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(
-        module_on(host, "launcher.host_report"), stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
-    )

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ import psutil
 
 from data.lock import LOCK, locked
 from launcher.guard import others_in_group
-from launcher.job_record import read_job
+from launcher.job_record import alive, elsewhere, read_job
 from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
 from launcher.units import size
 from model import artifact
 from model.errors import UserError
 
 STATE = "state.json"
+HISTORY = "history.jsonl"
+"""A line for each attempt at a stage that has ended."""
 PREVIOUS = "previous"
+DIRECT = "direct"
+"""The backend of jobs that were started from here; others are a cluster's."""
 
 
 def read_state(run: Path) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, path: Path, recipe: Recipe) -> Iterator[RunFolder]:
-        """Makes or takes over a run folder for `recipe`, alone: what a dead run left is ended and cleared away.
+        """Makes or takes over a run folder for `recipe`, alone: what a dead run left half written is cleared away.
 
         Raises UserError where another process runs there, or the folder is something else's.
         """
@@ -76,7 +80,6 @@ class RunFolder:
             raise UserError(f"{path} cannot be made: {error.strerror}. Choose another folder with -o.") from None
         with locked(folder.path):
             folder.state = read_state(folder.path)
-            folder._end_strays()
             folder._clear_leftovers()
             yield folder
 
@@ -91,9 +94,10 @@ class RunFolder:
         self.state["stages"].setdefault(stage, {}).update(entry)
         self._write()
 
-    def record_process(self, stage: str, pid: int) -> None:
-        """Notes the process group of a stage that has started, so that a later run can end it if this one cannot."""
-        self.record(stage, pid=pid, pid_started=psutil.Process(pid).create_time())
+    def remember(self, **fact: Any) -> None:
+        """Appends one line to the run's history: an attempt at a stage that has ended."""
+        with (self.path / HISTORY).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **fact}) + "\n")
 
     def entry(self, stage: str) -> dict[str, Any]:
         return self.state["stages"].get(stage, {})
@@ -125,20 +129,20 @@ class RunFolder:
     def _write(self) -> None:
         artifact.write_json(self.path / STATE, self.state)
 
-    def _end_strays(self) -> None:
-        """Ends what a killed run left running. Its lock is free, so whatever it started is nobody's."""
-        for stage, entry in self.state["stages"].items():
-            if entry.get("state") == "running" and entry.get("pid"):
-                end_group(entry["pid"], entry["pid_started"], self.path)
-                self.state["stages"][stage]["state"] = "interrupted"
+    def running(self) -> set[str]:
+        """The stages that may still run, by what is known of their jobs here."""
+        return {name for name, entry in self.state["stages"].items() if may_run(self.path, name, entry)}
 
     def _clear_leftovers(self) -> None:
-        """Removes what a killed process was writing, and gives back what it was about to replace."""
+        """Removes what a killed process was writing, and gives back what it was about to replace; what still runs is
+        left alone."""
+        running = self.running()
         for folder in (self.path, *self.path.glob("*/"), *self.path.glob("*/checkpoints/")):
-            if not folder.is_dir() or folder.name == PREVIOUS:
+            if not folder.is_dir() or folder.name == PREVIOUS or running & set(folder.relative_to(self.path).parts):
                 continue
             for partial in folder.glob(f".*{artifact.PARTIAL}*"):
-                _remove(partial)
+                if not any(partial.name.startswith(f".{name}{artifact.PARTIAL}") for name in running):
+                    _remove(partial)
             if (folder / artifact.MANIFEST).exists() and not folder.name.endswith(artifact.UNFINISHED):
                 shutil.rmtree(folder / artifact.WORK, ignore_errors=True)
             for old in folder.glob(".*.old"):
@@ -146,6 +150,17 @@ class RunFolder:
                 _remove(old) if place.exists() else old.rename(place)
         for torn in (self.path / "progress").glob(".*"):
             _remove(torn)
+
+
+def may_run(run: Path, stage: str, entry: Mapping[str, Any]) -> bool:
+    """Whether the job of a stage may still run, by what `state.json` says of it and what can be seen here."""
+    if entry.get("state") != "running":
+        return False
+    # A launcher that was killed just then had started the supervisor and not noted it yet.
+    handle = entry.get("job") or (read_job(run, stage) or {}).get("job")
+    if handle is None or entry.get("backend", DIRECT) != DIRECT:
+        return handle is not None
+    return alive(handle) or elsewhere(run, stage, handle)
 
 
 def check_owner(path: Path, recipe: Recipe) -> None:

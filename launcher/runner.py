@@ -1,73 +1,71 @@
-"""Running a recipe on this machine: what is not up to date is made, stage by stage, and nothing is lost on the way."""
+"""Running a recipe: what is not up to date is made, and nothing is lost on the way."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from data.processes import disk_full
-from launcher.display import Display
-from launcher.graph import STAGE_FILE, Origin, StageState, origins, plan_stages, problems, state_of
+from launcher.backends import Job
+from launcher.backends.direct import Direct
+from launcher.execution import Execution
+from launcher.graph import Origin, StageState, origins, plan_stages, state_of
+from launcher.hosts import Host, crossing, module_on, read_hostfile
+from launcher.job_record import alive, elsewhere, read_job, supervisor
+from launcher.placement import Share, shares
 from launcher.places import check_places
-from launcher.processes import Machine, environment, stage_command, start
+from launcher.preflight import check_hosts
 from launcher.recipe import Recipe
+from launcher.room import HostRoom, LocalRoom, Room
 from launcher.run_folder import RunFolder, check_owner
 from launcher.stage import Stage
-from launcher.units import duration
 from model import artifact
 from model.config import STAGES as TRAINED
 from model.counting import count_stage, token_fields
 from model.errors import UserError
 from model.fields import CONDITIONING, SEMANTIC
-from trainer.exit_codes import DIVERGED, HUNG, SAVED
-
-STOP_SECONDS = 60
-"""How long stages may take to save when told to stop."""
-POLL_SECONDS = 0.2
-INTERRUPTED = 130
-BUSY_PORT = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-FULL_BYTES = 1_000_000
-"""A disk with less free is full, whatever the library that failed on it says."""
-DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
-EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?)$")
 
 
 def run(
-    recipe: Recipe, path: Path, only: Sequence[str] = (), dry_run: bool = False, console: Console | None = None
+    recipe: Recipe,
+    path: Path,
+    only: Sequence[str] = (),
+    dry_run: bool = False,
+    console: Console | None = None,
+    hostfile: Path | None = None,
 ) -> int:
-    """Brings the run folder `path` up to date with `recipe`, or only the stages in `only`. Returns the exit code:
-    0, 1 when a stage failed, 2 when it failed by something the user can put right, 130 when interrupted.
+    """Brings the run folder `path` up to date with `recipe`, or only the stages in `only`, on this machine or on the
+    hosts of `hostfile`. Returns the exit code: 0, 1 when a stage failed, 2 when it failed by something the user can put
+    right, 130 when interrupted.
 
-    Raises UserError for what can be said before anything starts.
+    Raises UserError with all that can be said before anything starts.
     """
     console = console or Console()
+    hosts = read_hostfile(hostfile) if hostfile else []
     if dry_run:
         check_owner(path, recipe)
         states = state_of(path, recipe)
-        _print_plan(console, states, plan_stages(states, only))
+        todo = plan_stages(states, only)
+        _print_plan(console, states, todo)
+        backend = Direct(path.absolute(), hosts)
+        _print_commands(console, backend, _room(recipe, path.absolute(), hosts, todo), recipe, path.absolute(), todo)
         return 0
     # Taken once: the user's files may change while the run goes on.
     found = origins(recipe)
     with RunFolder.opened(path, recipe) as folder:
+        check_survivors(folder, found)
         states = state_of(folder.path, recipe, found)
         todo = plan_stages(states, only)
-        folder.check_space(space_needed(recipe, todo))
-        check_places(recipe, found, todo)
+        addresses = _check(folder, recipe, found, todo, hosts)
         folder.adopt(recipe)
         _note_states(folder, found, states, todo)
         if todo:
-            code = Execution(folder, recipe, found, states, todo, console).run()
+            backend = Direct(folder.path, hosts, addresses)
+            room = _room(recipe, folder.path, hosts, todo)
+            code = Execution(folder, recipe, found, states, todo, console, backend, room).run()
             if code:
                 return code
         else:
@@ -76,6 +74,68 @@ def run(
         if all(state.done for state in state_of(folder.path, recipe, found).values()):
             _report(folder.path, list(states), console)
         return 0
+
+
+def _room(recipe: Recipe, run: Path, hosts: Sequence[Host], todo: Sequence[Stage]) -> Room:
+    return HostRoom(recipe, hosts, shares(recipe, hosts, todo), run) if hosts else LocalRoom(recipe)
+
+
+def _check(
+    folder: RunFolder, recipe: Recipe, found: dict[str, Origin], todo: Sequence[Stage], hosts: Sequence[Host]
+) -> dict[str, str]:
+    """Looks at all that a run will need and returns the addresses of `hosts`. Raises one UserError with all that is
+    wrong."""
+    addresses: dict[str, str] = {}
+    needed = space_needed(recipe, todo)
+    checks: list[Callable[[], object]] = [
+        lambda: folder.check_space(needed),
+        lambda: check_places(recipe, found, todo),
+    ]
+    if hosts:
+        checks.append(lambda: shares(recipe, hosts, todo))
+        checks.append(lambda: addresses.update(check_hosts(hosts, folder.path)))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return addresses
+
+
+def check_survivors(folder: RunFolder, found: dict[str, Origin]) -> None:
+    """Notes as interrupted what an earlier launcher had left running and that has ended since.
+
+    Raises UserError where something still runs that is not what is asked for now, or may run on another machine.
+    """
+    problems = []
+    for name, entry in folder.state["stages"].items():
+        if entry.get("state") != "running":
+            continue
+        # A launcher that was killed just then had started the supervisor and not noted it yet.
+        handle = entry.get("job") or (read_job(folder.path, name) or {}).get("job")
+        if handle is None:
+            folder.record(name, state="interrupted")
+            continue
+        folder.record(name, job=handle)
+        if elsewhere(folder.path, name, handle):
+            host = supervisor(handle).host
+            problems.append(
+                f"{name} was started on {host}, where it may still run: give the command there. If {host} is gone for "
+                f"good, remove {folder.path / 'jobs' / name}.json first."
+            )
+        elif not alive(handle):
+            Direct(folder.path).poll(handle)
+            folder.record(name, state="interrupted", job=None)
+        elif found[name].fingerprint != Origin(**entry["made_from"]).fingerprint:
+            problems.append(
+                f"{name} still runs, as an earlier command with another recipe asked for: `stretto stop {folder.path}` "
+                "ends it."
+            )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _print_plan(console: Console, states: dict[str, StageState], todo: list[Stage]) -> None:
@@ -89,8 +149,10 @@ def _print_plan(console: Console, states: dict[str, StageState], todo: list[Stag
 
 
 def _note_states(folder: RunFolder, found: dict[str, Origin], states: dict[str, StageState], todo: list[Stage]) -> None:
-    """Records which stages are kept and which wait."""
+    """Records which stages are kept and which wait; what still runs is to be taken over."""
     for name, state in states.items():
+        if folder.entry(name).get("state") == "running" and not state.done:
+            continue
         if state.done:
             folder.record(name, state="done", reused=True, error=None, made_from=found[name].to_json())
         elif name in {stage.name for stage in todo}:
@@ -126,190 +188,32 @@ def space_needed(recipe: Recipe, todo: Sequence[Stage]) -> int:
     return needed
 
 
-@dataclass
-class Job:
-    """A stage that runs."""
-
-    stage: Stage
-    process: subprocess.Popen[bytes]
-    slot: int
-    log: Path
-    log_start: int
-    """Where this attempt's output begins."""
-    started: float
-    attempt: int
-
-    def output(self) -> str:
-        with self.log.open("rb") as file:
-            file.seek(self.log_start)
-            return file.read().decode(errors="replace")
-
-
-class Execution:
-    """One pass over the stages to build, as many at once as the recipe says. Signals to stop are heeded throughout."""
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        recipe: Recipe,
-        found: dict[str, Origin],
-        states: dict[str, StageState],
-        todo: Sequence[Stage],
-        console: Console,
-    ) -> None:
-        self.folder = folder
-        self.recipe = recipe
-        self.origins = found
-        self.outdated = {name: state.reasons for name, state in states.items() if state.state == "outdated"}
-        self.waiting = list(todo)
-        self.running: list[Job] = []
-        self.machine = Machine.here()
-        self.display = Display(console, folder.path / "progress")
-        self.code = 0
-        self.stops = 0
-        """Signals to stop so far: the first lets stages save, the second does not."""
-
-    def run(self) -> int:
-        """Builds the stages and returns the exit code. A failed stage lets those that run go on, but starts no more."""
-        with self._heeding_signals(), self.display:
-            try:
-                while self.running or (self.waiting and not self.code and not self.stops):
-                    self._start_ready()
-                    self.display.update([job.stage.name for job in self.running])
-                    time.sleep(POLL_SECONDS)
-                    self._collect()
-                    if self.stops:
-                        self._stop_all()
-            finally:
-                for job in self.running:  # only after a fault of ours
-                    _signal_group(job, signal.SIGKILL)
-        if self.stops:
-            self.display.say("Stopped. Nothing that was finished or saved is lost: the same command continues.")
-        return INTERRUPTED if self.stops else self.code
-
-    @contextlib.contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        def heed(number: int, frame: object) -> None:
-            self.stops += 1
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, heed) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _start_ready(self) -> None:
-        unfinished = {stage.name for stage in self.waiting} | {job.stage.name for job in self.running}
-        for stage in list(self.waiting):
-            free = set(range(self.recipe.parallel)) - {job.slot for job in self.running}
-            if self.stops or self.code or not free:
-                return
-            if not unfinished & set(stage.needs):
-                self.waiting.remove(stage)
-                self._start(stage, min(free))
-
-    def _start(self, stage: Stage, slot: int, attempt: int = 1) -> None:
-        origin, path = self.origins[stage.name], self.folder.path
-        try:
-            self._make_way(stage, origin)
-        except UserError as error:
-            self._note_failure(stage.name, str(error), 2)
-            return
-        (path / "progress" / f"{stage.name}.json").unlink(missing_ok=True)
-        machine = self.machine.share(slot, self.recipe.parallel)
-        command, processes = stage_command(stage, path, self.recipe, machine)
-        log = path / "logs" / f"{stage.name}.log"
-        log_start = log.stat().st_size if log.exists() else 0
-        self.folder.record(stage.name, state="running", started=time.time(), made_from=origin.to_json(), pid=None)
-        process = start(command, environment(machine, processes), path, log)
-        self.folder.record_process(stage.name, process.pid)
-        self.running.append(Job(stage, process, slot, log, log_start, time.monotonic(), attempt))
-        self.display.begin(stage.name)
-
-    def _make_way(self, stage: Stage, origin: Origin) -> None:
-        """Moves an outdated artifact aside; a trained stage's checkpoints stay where they fit what is asked for.
-
-        Raises UserError where another job works in it.
-        """
-        reasons = self.outdated.pop(stage.name, None)
-        if reasons is not None and (previous := self.folder.set_aside(stage.name)):
-            self.folder.record(stage.name, seconds=0)
-            self.display.say(f"{stage.name}: outdated ({escape('; '.join(reasons))}); moved to {escape(str(previous))}")
-        if stage.trained:
-            folder = self.folder.path / stage.name
-            folder.mkdir(exist_ok=True)
-            artifact.write_json(folder / STAGE_FILE, {"fingerprint": origin.fingerprint})
-
-    def _collect(self) -> None:
-        """Takes note of the stages that have ended."""
-        for job in list(self.running):
-            code = job.process.poll()
-            if code is None:
-                continue
-            self.running.remove(job)
-            self.display.end(job.stage.name)
-            seconds = time.monotonic() - job.started
-            total = (self.folder.entry(job.stage.name).get("seconds") or 0) + seconds
-            self.folder.record(job.stage.name, pid=None, finished=time.time(), seconds=round(total, 3))
-            if code == 0:
-                self._check_made(job, seconds)
-            elif self.stops:
-                self.folder.record(job.stage.name, state="interrupted")
-            elif job.stage.ranked and job.attempt == 1 and BUSY_PORT.search(job.output()):
-                self.display.say(f"{job.stage.name}: its port was taken; trying another")
-                self._start(job.stage, job.slot, attempt=2)
-            elif code == SAVED:
-                self.stops += 1
-                self.folder.record(job.stage.name, state="interrupted")
-            else:
-                self._fail(job, code)
-
-    def _check_made(self, job: Job, seconds: float) -> None:
-        name = job.stage.name
-        found, wrong = problems(self.folder.path / name, job.stage)
-        if wrong or found != self.origins[name].fingerprint:
-            self._note_failure(name, f"it ended without its artifact: {(wrong or ['another fingerprint'])[0]}", 1, job)
-            return
-        self.folder.record(name, state="done")
-        self.display.say(f"{name}: done in {duration(seconds)}")
-
-    def _fail(self, job: Job, code: int) -> None:
-        output = job.output()
-        message = user_message(output) if code in (2, DIVERGED, HUNG) else None
-        if DISK_FULL.search(output) or shutil.disk_usage(self.folder.path).free < FULL_BYTES:
-            message = disk_full(self.folder.path)
-        if message is not None:
-            self._note_failure(job.stage.name, message, 1 if code == HUNG else 2, job)
-        else:
-            self._note_failure(job.stage.name, gist(output, code, first=job.stage.ranked), 1, job)
-
-    def _note_failure(self, name: str, message: str, code: int, job: Job | None = None) -> None:
-        self.code = 1 if 1 in (code, self.code) else 2
-        self.folder.record(name, state="failed", error=message)
-        self.display.say(f"[red]{name} failed:[/] {escape(message)}")
-        if job and code == 1:
-            again = again_from(self.folder.path / name)
-            self.display.say(f"Its log is {escape(str(job.log))}; the same command {again}.")
-        if self.running:
-            others = ", ".join(other.stage.name for other in self.running)
-            self.display.say(f"Waiting for {others} to end; nothing new is started.")
-
-    def _stop_all(self) -> None:
-        """Tells what runs to save and end, and waits for it; at a second signal, or when time is up, kills it."""
-        self.display.say("Stopping: what trains is saving its state. Press Ctrl-C again not to wait.")
-        for job in self.running:
-            _signal_group(job, signal.SIGTERM)
-        deadline, asked = time.monotonic() + STOP_SECONDS, self.stops
-        while self.running:
-            if time.monotonic() > deadline or self.stops > asked:
-                for job in self.running:
-                    _signal_group(job, signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
-            self._collect()
-
-
-def _signal_group(job: Job, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(job.process.pid, number)
+def _print_commands(
+    console: Console, backend: Direct, room: Room, recipe: Recipe, run: Path, todo: Sequence[Stage]
+) -> None:
+    """What would be executed, stage by stage: those that would run side by side are placed side by side."""
+    crosses = crossing(recipe.environment)
+    held: list[tuple[Stage, Share]] = []
+    for stage in todo:
+        if any(other.name in stage.needs for other, _ in held):
+            for _, taken in held:
+                room.release(taken)
+            held = []
+        if (share := room.take(stage)) is None:
+            for _, taken in held:
+                room.release(taken)
+            held = []
+            share = room.take(stage)
+        assert share is not None  # the shares have been checked
+        held.append((stage, share))
+        lines = [f"\n{stage.name} {room.where(share)}".rstrip() + ":"]
+        for part, task in zip(share, backend.tasks(Job(run, recipe, stage, share)), strict=True):
+            own = {name: value for name, value in task.environment.items() if name not in crosses}
+            words = [f"{name}={value}" for name, value in own.items()] + task.command
+            lines.append(f"  {part.host}: {shlex.join(words)}")
+            if task.lease is not None:
+                lines.append(f"    by {shlex.join(module_on(part.host, 'launcher.guard'))}")
+        console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    if backend.name == "hosts" and crosses:
+        # Names alone: there are secrets among the values.
+        console.print(f"\nFrom here to every host: {', '.join(crosses)}", highlight=False, soft_wrap=True)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from data.lock import holder
+from launcher.hosts import LOCALHOST
 from launcher.recipe import RECIPE
-from launcher.run_folder import read_state
+from launcher.run_folder import may_run, read_state
 from launcher.stages import STAGES
 from launcher.units import counted, duration, short
 from model.artifact import MANIFEST
@@ -26,6 +30,8 @@ from trainer.metrics_reader import METRICS, last_metrics
 ORDER = tuple(stage.name for stage in STAGES)
 TRAINED = tuple(stage.name for stage in STAGES if stage.trained)
 REPORT = "report.html"
+WATCH_SECONDS = 1.0
+"""Between two looks at a run that is watched."""
 SPEED = ("windows_per_second", "tokens_per_second", "mfu", "data_wait", "skipped")
 """What is shown of the newest row of a training, beside its loss; rows of earlier versions lack some."""
 COLOURS = {"done": "green", "running": "cyan", "waiting": "dim", "failed": "red", "interrupted": "yellow"}
@@ -57,6 +63,13 @@ class StageStatus:
     reused: bool = False
     message: str = ""
     error: str | None = None
+    """Why it failed; of a stage that waits, why it is started again."""
+    hosts: str | None = None
+    """The hosts and slots that it runs on, or ran on last."""
+    job: str | None = None
+    """What its cluster knows the job that runs by."""
+    restarts: int = 0
+    """How often it was started again by itself."""
     log: str | None = None
     """Relative to the run folder."""
 
@@ -79,12 +92,13 @@ def read_status(run: Path) -> RunStatus:
     recipe = _read_recipe(run)
     if recipe is None:
         raise UserError(f"{run} is not a run folder: it has no {RECIPE}.")
-    record, alive = read_state(run)["stages"], holder(run) is not None
-    stages = [_stage(run, name, record.get(name, {}), recipe, alive) for name in ORDER]
+    record, launcher = read_state(run)["stages"], holder(run) is not None
+    stages = [_stage(run, name, record.get(name, {}), recipe, launcher) for name in ORDER]
+    states = [stage.state for stage in stages]
     return RunStatus(
         run=run,
         recipe=recipe.get("name", "?"),
-        state=_overall([stage.state for stage in stages], alive),
+        state=_overall(states, launcher or "running" in states),
         stages=stages,
         report=REPORT if (run / REPORT).is_file() else None,
     )
@@ -100,10 +114,12 @@ def _overall(states: list[str], alive: bool) -> str:
     return worst or ("interrupted" if "done" in states else "waiting")
 
 
-def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any], alive: bool) -> StageStatus:
-    state = record.get("state") or ("done" if (run / name / MANIFEST).is_file() else "waiting")
-    if state == "running" and not alive:
-        state = "interrupted"
+def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any], launcher: bool) -> StageStatus:
+    made = (run / name / MANIFEST).is_file()
+    state = record.get("state") or ("done" if made else "waiting")
+    if state == "running" and not launcher and not may_run(run, name, record):
+        # Its launcher was killed, and it has ended since.
+        state = "done" if made else "interrupted"
     progress = _read_json(run / "progress" / f"{name}.json")
     log = Path("logs") / f"{name}.log"
     known: dict[str, Any] = {
@@ -112,6 +128,9 @@ def _stage(run: Path, name: str, record: dict[str, Any], recipe: dict[str, Any],
         "seconds": record.get("seconds"),
         "reused": bool(record.get("reused")),
         "error": record.get("error"),
+        "hosts": record.get("hosts"),
+        "job": record.get("job"),
+        "restarts": record.get("restarts") or 0,
         "log": log.as_posix() if (run / log).is_file() else None,
     }
     started = record.get("started") or 0
@@ -175,30 +194,50 @@ def print_status(run: Path, as_json: bool, console: Console) -> None:
     if as_json:
         print(json.dumps(status.to_json(), indent=2), file=console.file)
         return
-    colour = COLOURS[status.state]
-    console.print(f"{escape(str(run))}: recipe {escape(status.recipe)}, [{colour}]{status.state}[/]", highlight=False)
-    console.print(_table(status))
+    for line in _shown(status):
+        console.print(line, highlight=False)
+
+
+def watch_status(run: Path, console: Console) -> None:
+    """Shows the state of a run and keeps it up to date, until nothing of it runs any more."""
+    status = read_status(run)
+    with Live(Group(*_shown(status)), console=console, auto_refresh=False) as live:
+        while status.state == "running":
+            time.sleep(WATCH_SECONDS)
+            status = read_status(run)
+            live.update(Group(*_shown(status)), refresh=True)
+
+
+def _shown(status: RunStatus) -> Iterator[RenderableType]:
+    run, colour = status.run, COLOURS[status.state]
+    yield Text.from_markup(f"{escape(str(run))}: recipe {escape(status.recipe)}, [{colour}]{status.state}[/]")
+    yield _table(status)
     for stage in status.stages:
         speed = _speed(stage)
         if speed:
-            console.print(f"{stage.name}: {speed}", highlight=False)
+            yield Text(f"{stage.name}: {speed}")
     for stage in status.stages:
         if stage.error:
-            console.print(f"[red]{stage.name}[/]: {escape(stage.error)}", highlight=False)
+            yield Text.from_markup(f"[{COLOURS[stage.state]}]{stage.name}[/]: {escape(stage.error)}")
     logs = [stage.log for stage in status.stages if stage.log and stage.state in ("running", "failed", "interrupted")]
     if logs:
-        console.print(f"Logs: {', '.join(escape(str(run / log)) for log in logs)}", highlight=False)
+        yield Text(f"Logs: {', '.join(str(run / log) for log in logs)}")
     if status.state in ("interrupted", "failed"):
-        console.print("The same `stretto run` command goes on from here.", highlight=False)
+        yield Text("The same `stretto run` command goes on from here.")
     if status.report:
-        console.print(f"Report: {escape(str(run / status.report))}", highlight=False)
+        yield Text(f"Report: {run / status.report}")
 
 
 def _table(status: RunStatus) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "state", "done", "loss", "valid.", "windows/s", "time"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=True)
+    hosts = any(stage.hosts and not stage.hosts.startswith(LOCALHOST) for stage in status.stages)
+    restarts = any(stage.restarts for stage in status.stages)
+    more = [*["restarts"] * restarts, *["hosts"] * hosts]
+    for column in ("stage", "state", "done", "loss", "valid.", "windows/s", "time", *more):
+        left = column in ("stage", "state", "hosts")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "hosts")
     for stage in status.stages:
+        also = [*[str(stage.restarts or "")] * restarts, *[escape(stage.hosts or "")] * hosts]
         table.add_row(
             stage.name,
             f"[{COLOURS[stage.state]}]{stage.state}[/]" + (" (kept)" if stage.reused else ""),
@@ -207,6 +246,7 @@ def _table(status: RunStatus) -> Table:
             _or_blank(stage.validation_loss, "{:.3f}"),
             _or_blank(stage.windows_per_second, "{:.0f}"),
             _time(stage),
+            *also,
         )
     return table
 

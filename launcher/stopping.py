@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.lock import Holder, holder
+from launcher.job_record import supervisor
+from launcher.run_folder import DIRECT, may_run, read_state
 from launcher.status import TRAINED, read_status
 from model.errors import UserError
 
@@ -20,15 +22,16 @@ LONGEST = 120
 
 
 def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> None:
-    """Tells the `stretto run` that works in `run`, or trainings that were started by hand, to save and end, and waits
-    until they have. With `now` the stages of a launcher are ended without saving.
+    """Tells what works in `run` to save and end, and waits until it has: the `stretto run` there; or, where that is
+    gone, the jobs it has left running; or trainings that were started by hand. With `now` stages are ended without
+    saving.
 
     Raises UserError where `run` is not a run folder, or what works there does so on another machine or does not end.
     """
     read_status(run)
-    launcher = holder(run)
+    launcher, left = holder(run), _left_running(run)
     trainings = [found for stage in TRAINED if (found := holder(run / stage))]
-    told = [launcher] if launcher else trainings  # a launcher tells the trainings it has started
+    told = [launcher] if launcher else left or trainings  # a launcher tells its jobs, and these their ranks
     if not told:
         say(f"{run}: nothing is running.")
         return
@@ -36,10 +39,10 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
     if elsewhere:
         raise UserError(f"{run} is worked in on another machine: stop it there, with {' and '.join(elsewhere)}.")
     say(f"{run}: process {' and '.join(str(found.pid) for found in told)} is told to save and end.")
-    _signal(told)
+    _signal(told, signal.SIGQUIT if now and not launcher and left else signal.SIGTERM)
     if now and launcher:
         time.sleep(1)  # two signals at once may be taken for one
-        _signal(told)
+        _signal(told, signal.SIGTERM)
     deadline = time.monotonic() + LONGEST
     while any(found.alive() for found in told):
         if time.monotonic() > deadline:
@@ -48,7 +51,16 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
     say(f"{run}: stopped. The same command goes on from here.")
 
 
-def _signal(told: list[Holder]) -> None:
+def _left_running(run: Path) -> list[Holder]:
+    """The supervisors of jobs that a launcher which is gone has started."""
+    found = []
+    for name, entry in read_state(run)["stages"].items():
+        if entry.get("job") and entry.get("backend", DIRECT) == DIRECT and may_run(run, name, entry):
+            found.append(supervisor(entry["job"]))
+    return found
+
+
+def _signal(told: list[Holder], number: signal.Signals) -> None:
     for found in told:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(found.pid, signal.SIGTERM)
+            os.kill(found.pid, number)

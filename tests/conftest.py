@@ -7,6 +7,7 @@ import logging
 import pytest
 from buckets import BUCKET, KEYS
 from helpers import free_port
+from nodes import nodes, skip_reason
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +64,12 @@ def bucket(request):
     scheme = getattr(request, "param", "s3")
     request.getfixturevalue(scheme)
     return f"{scheme}://{BUCKET}"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Two nodes, `alpha` and `beta`."""
+    if reason := skip_reason():
+        pytest.skip(reason)
+    with nodes(tmp_path / "cluster", "alpha", "beta") as started:
+        yield started

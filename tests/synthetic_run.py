@@ -181,6 +181,7 @@ def running(run: Path, stage: str, pid: int) -> None:
     names = list(TIMES)
     for name in names[names.index(stage) :]:
         record[name] = {"state": "running" if name == stage else "waiting", "reused": False, "error": None}
+        (run / name / "manifest.json").unlink(missing_ok=True)
     record[stage]["started"] = time.time() - 30
     write_state(run, record)
     (run / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": pid, "since": time.time()}))

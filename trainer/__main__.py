@@ -56,7 +56,7 @@ def train(run: Path, stage: str) -> int:
 
     setup = StageSetup.read(run, stage)
     config = setup.config.train
-    start_process_group(config.collective_timeout)
+    interface = start_process_group(config.collective_timeout)
     rank = distributed.get_rank()
     logs, heartbeat = setup.folder / "logs" / f"rank-{rank:04d}.log", Heartbeat()
     watchdog = Watchdog(
@@ -71,6 +71,8 @@ def train(run: Path, stage: str) -> int:
     try:
         with the_only_job(setup.folder):
             log_to(logs, quiet=rank > 0)
+            if interface:
+                log.info("reaching the other nodes through network interface %s", interface)
             with watchdog:
                 return attempt(setup, heartbeat)
     finally:

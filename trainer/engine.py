@@ -23,6 +23,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 import ds_configs
+from data.network import use_interface
 from model.config import ExecutionConfig
 from model.dropping import Dropped
 from model.initialisation import parameter_groups
@@ -40,8 +41,9 @@ MicroBatch = Batch | list[Batch]
 """Windows of one length together, or windows to be packed, each a batch of one."""
 
 
-def start_process_group(timeout: float = 600.0) -> None:
-    """Joins the ranks the launcher started, over NCCL where there are GPUs and gloo elsewhere.
+def start_process_group(timeout: float = 600.0) -> str | None:
+    """Joins the ranks the launcher started, over NCCL where there are GPUs and gloo elsewhere. Returns the network
+    interface that was chosen for it, if any had to be.
 
     A collective that takes longer than `timeout` seconds has lost a rank: the job ends rather than hangs.
     """
@@ -52,9 +54,11 @@ def start_process_group(timeout: float = 600.0) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    interface = use_interface()
     deepspeed.init_distributed(
         dist_backend=backend, timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False
     )
+    return interface
 
 
 def lost_a_rank(error: Exception) -> bool:

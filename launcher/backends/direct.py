@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,9 +17,9 @@ import psutil
 
 from launcher.backends import Job
 from launcher.hosts import Host, module_on
-from launcher.job import LEASE, handle_of
+from launcher.job import LEASE
+from launcher.job_record import JOBS, alive, handle_of, read_job, supervisor
 from launcher.processes import Machine, Task, host_tasks, hostfile_text, local_tasks
-from launcher.job_record import JOBS, read_job
 from launcher.restarts import Ended
 from launcher.run_folder import end_group
 
@@ -116,21 +115,4 @@ def cancel(handle: str, now: bool = False) -> None:
     """Tells the supervisor of a job to let it save and end, or to end it; one that has ended is left in peace."""
     if alive(handle):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(handle.split(":")[2]), signal.SIGQUIT if now else signal.SIGTERM)
-
-
-def host_of(handle: str) -> str:
-    """Where the supervisor that a handle names was started."""
-    return handle.split(":")[1]
-
-
-def alive(handle: str) -> bool:
-    """Whether the supervisor that a handle names lives on this machine; a later process with its number is not it."""
-    _, host, pid, started = handle.split(":")
-    if host != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(int(pid))
-        return f"{process.create_time():.2f}" == started and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+            os.kill(supervisor(handle).pid, signal.SIGQUIT if now else signal.SIGTERM)

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from data.processes import plain_errors
-from launcher import runner, stages
+from launcher import processes, room, runner, stages
 from launcher.graph import STAGE_FILE, Origin
+from launcher.placement import Part
 from launcher.recipe import load_recipe
 from launcher.run_folder import read_state
 from launcher.stage import Stage, picked
@@ -50,10 +51,17 @@ def trained(run: Path, name: str) -> None:
 def behave(run: Path, name: str) -> None:
     told = run.with_name(f"{run.name}-{name}")
     behaviour = told.read_text() if told.exists() else ""
+    if behaviour.endswith(" once"):
+        first = (run / "logs" / f"{name}.log").read_text().count("localhost: ") == 1
+        behaviour = behaviour.removesuffix(" once") if first else ""
     if behaviour == "sleep":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])  # knows nothing of its parents
         run.with_name("child").write_text(str(child.pid))
         time.sleep(120)
+    elif behaviour == "wait":
+        run.with_name("child").write_text(str(os.getpid()))
+        while told.exists():
+            time.sleep(0.05)
     elif behaviour == "user error":
         print("noise\nerror: the value is wrong\n       and this is how to put it right\nmore noise", file=sys.stderr)
         sys.exit(2)
@@ -81,10 +89,10 @@ def main() -> None:
         Stage("c", ("a",), picked("evaluation"), 1, None),
         Stage("d", ("b", "c"), picked("sampling"), 1, body),
     )
-    runner.stage_command = lambda stage, run, recipe, machine: (
-        [sys.executable, __file__, "stage", str(run), stage.name],
-        1,
-    )
+    processes.alone = processes.together = lambda job, options=(): [
+        *(sys.executable, __file__, "stage", str(job.run), job.stage.name)
+    ]
+    room.local_share = lambda *_: (Part("localhost", (0,), 1),)
     runner._report = lambda *_: print("reported")
     only = [argument.removeprefix("--only=") for argument in sys.argv if argument.startswith("--only=")]
     overrides = [argument for argument in sys.argv[2:] if not argument.startswith("--only=")]

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.lock import locked
+from data.lock import holder, locked
+from launcher.outcome import gist, user_message
 from launcher.processes import Machine, ranks
 from launcher.recipe import load_recipe
 from launcher.run_folder import RunFolder
-from launcher.runner import gist, space_needed, user_message
+from launcher.runner import space_needed
 from launcher.stages import STAGES
 from launcher.stopping import stop
 from model.errors import UserError
@@ -109,7 +110,7 @@ def test_everything_is_built_in_order_once(run):
 )
 def test_a_stage_that_fails_says_why_and_leaves_nothing_half_made(run, behaviour, code, words):
     tell(run, "b", behaviour)
-    found, output = build(run)
+    found, output = build(run, "restarts.limit=0")
     assert found == code
     assert words in output
     assert not (run / "b").exists()
@@ -122,15 +123,15 @@ def test_a_stage_that_fails_says_why_and_leaves_nothing_half_made(run, behaviour
     [
         ("diverged", 2, "failed", "c failed: it diverged\nafter step 7\n"),
         ("hung", 1, "failed", "c failed: it hung\nafter step 7\nIts log is"),
-        ("was told to stop", 130, "interrupted", "the same command continues"),
+        ("was told to stop", 1, "failed", "the same command goes on from step 1"),
     ],
 )
 def test_what_a_trained_stage_ends_with_is_told_apart(run, behaviour, code, state, words):
     told = tell(run, "c", behaviour)
-    found, output = build(run)
+    found, output = build(run, "restarts.limit=0")
     assert found == code
     assert words in output
-    assert ("the same command goes on from step 1" in output) == (behaviour == "hung")
+    assert ("the same command goes on from step 1" in output) == (behaviour != "diverged")
     assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == state
     assert "d: started" not in output
     told.unlink()
@@ -156,34 +157,106 @@ def test_a_taken_port_is_tried_once_more(run):
     assert "c: its port was taken; trying another" in output
 
 
+@pytest.mark.parametrize(
+    ("stage", "behaviour", "words"),
+    [
+        ("b", "killed", "b: it was killed, most often because the machine ran out of memory; it starts it again in"),
+        ("c", "was told to stop", "c: it was told to stop by another, and saved; it goes on from step 1 in"),
+        ("c", "hung", "c: it hung\nafter step 7; it goes on from step 1 in"),
+        ("c", "fault", "c: ValueError: something broke; it goes on from step 1 in"),
+    ],
+)
+def test_what_is_worth_another_try_gets_one(run, stage, behaviour, words):
+    tell(run, stage, f"{behaviour} once")
+    code, output = build(run, "restarts.pause=0.1")
+    assert code == 0, output
+    assert words in output
+    entry = json.loads((run / "state.json").read_text())["stages"][stage]
+    assert (entry["state"], entry["restarts"], entry["error"]) == ("done", 1, None)
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [(one["attempt"], one["code"] == 0) for one in history if one["stage"] == stage] == [(1, False), (2, True)]
+
+
+def test_tries_without_a_new_checkpoint_come_to_an_end(run):
+    tell(run, "c", "hung")
+    code, output = build(run, "restarts.pause=0.1", "restarts.limit=2")
+    assert code == 1
+    assert output.count("c: it hung\nafter step 7; it goes on") == 2
+    assert "c failed: it hung" in output
+    # A fault of the program would come again as well.
+    tell(run, "c", "fault")
+    code, output = build(run, "restarts.pause=0.1")
+    assert code == 1
+    assert "it goes on from step 1 in" not in output
+
+
 @pytest.mark.parametrize("stage", ["b", "c"])
-def test_after_sigkill_no_process_stays_and_the_same_command_finishes(run, stage):
-    told, child = tell(run, stage, "sleep"), run.with_name("child")
+def test_what_a_killed_launcher_left_running_is_taken_over(run, stage):
+    told, child = tell(run, stage, "wait"), run.with_name("child")
     process = start(run)
     wait_for(lambda: child.exists() and child.read_text())
     process.kill()
     process.communicate()
-    wait_for(lambda: not alive(int(child.read_text())) and not of_run(run))
-    assert not (run / stage / "manifest.json").exists()
-
+    again = start(run)
+    wait_for(lambda: holder(run) and holder(run).pid == again.pid)
     told.unlink()
+    code, output = finish(again)
+    assert code == 0
+    assert f"{stage}: started before, and taken over" in output
+    assert "a: started" not in output
+    assert (run / "logs" / f"{stage}.log").read_text().count("localhost: ") == 1
+
+
+def test_what_ended_without_a_launcher_is_not_made_again(run):
+    told, child = tell(run, "b", "wait"), run.with_name("child")
+    process = start(run)
+    wait_for(lambda: child.exists() and child.read_text())
+    process.kill()
+    process.communicate()
+    told.unlink()
+    wait_for(lambda: not of_run(run))
     code, output = build(run)
     assert code == 0
-    assert "a: started" not in output
-    assert not list(run.glob(".*partial*"))
-    if stage == "c":
-        assert "resumed" in (run / "logs" / "c.log").read_text()
+    assert "b: started" not in output
+    assert "d: done" in output
+
+
+def test_what_still_runs_by_another_recipe_is_named(run):
+    tell(run, "b", "wait")
+    child, process = run.with_name("child"), start(run)
+    wait_for(lambda: child.exists() and child.read_text())
+    process.kill()
+    process.communicate()
+    code, output = build(run, "seed=5")
+    assert code == 2
+    assert f"b still runs, as an earlier command with another recipe asked for: `stretto stop {run}` ends it" in output
+    said = []
+    stop(run, say=said.append)
+    assert "stopped. The same command goes on" in said[-1]
+    assert not of_run(run)
+
+
+def test_nothing_outlives_its_supervisor(run):
+    tell(run, "b", "sleep")
+    child, process = run.with_name("child"), start(run)
+    wait_for(lambda: child.exists() and child.read_text())
+    supervisor = int(json.loads((run / "state.json").read_text())["stages"]["b"]["job"].split(":")[2])
+    process.kill()
+    process.communicate()
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: not alive(int(child.read_text())) and not of_run(run))
 
 
 def test_what_a_dead_run_left_running_is_ended(run):
-    """Even when the guard was killed together with the launcher."""
+    """Even when the supervisor and the guard were killed together with the launcher."""
     told, child = tell(run, "b", "sleep"), run.with_name("child")
     process = start(run)
     wait_for(lambda: child.exists() and child.read_text())
-    guard = json.loads((run / "state.json").read_text())["stages"]["b"]["pid"]
-    process.send_signal(signal.SIGSTOP)
-    os.kill(guard, signal.SIGKILL)
-    process.kill()
+    supervisor = int(json.loads((run / "state.json").read_text())["stages"]["b"]["job"].split(":")[2])
+    guard = json.loads((run / "jobs" / "b.json").read_text())["guards"][0][0]
+    os.kill(supervisor, signal.SIGSTOP)
+    for pid in (process.pid, guard, supervisor):
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert alive(int(child.read_text()))
     told.unlink()

@@ -17,9 +17,12 @@ from ranks import start_ranks
 from rich.console import Console
 from training_runs import log_of, make_run
 
+from launcher.backends.direct import Direct
+from launcher.execution import Execution
 from launcher.graph import Origin, StageState
+from launcher.restarts import RestartsConfig
+from launcher.room import LocalRoom
 from launcher.run_folder import RunFolder
-from launcher.runner import Execution
 from launcher.stage import Stage, picked
 from trainer.config import TrainConfig
 from trainer.exit_codes import FAULT, HUNG, SAVED
@@ -164,12 +167,14 @@ def test_the_launcher_says_what_became_of_a_lost_rank_and_from_where_it_goes_on(
     settings = {**QUIET, "steps": 5000, "hang_timeout": 20.0}
     run, console = make_run(tmp_path / "run", **settings), Console(file=io.StringIO(), width=500)
     stage, origin = Stage("coarse", (), picked(), 1, None), Origin("coarse", 1, {}, {})
-    recipe = SimpleNamespace(parallel=1, stages=SimpleNamespace(coarse=SimpleNamespace(train=TrainConfig(ranks=2))))
+    trains = SimpleNamespace(coarse=SimpleNamespace(train=TrainConfig(ranks=2)))
+    recipe = SimpleNamespace(parallel=1, stages=trains, restarts=RestartsConfig(limit=0))
     folder = RunFolder(run)
     folder.state = {"stages": {}}
     killer = when_trained(run, 6, lambda pid: os.kill(pid, signal.SIGKILL))
     started = {"coarse": StageState("coarse", "missing")}
-    code = Execution(folder, recipe, {"coarse": origin}, started, [stage], console).run()
+    backend, room = Direct(folder.path), LocalRoom(recipe)
+    code = Execution(folder, recipe, {"coarse": origin}, started, [stage], console, backend, room).run()
     killer.join()
     said = console.file.getvalue()
     assert code == 1, said
