@@ -20,6 +20,9 @@ from model.errors import UserError
 
 LOCK = ".lock"
 PAUSE_SECONDS = 0.2
+PATIENCE = "STRETTO_PATIENCE"
+"""The environment variable that says how many seconds a training waits for the lock of its stage, set where it is
+started again: a file server gives a lost host's lock back only some time after its end."""
 
 
 @dataclass(frozen=True)

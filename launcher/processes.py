@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.lock import PATIENCE
 from launcher.hosts import LOCALHOST, Host, crossing, is_here
 from launcher.placement import Part, Share, count
 from model.errors import UserError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 PORTS = range(20_000, 30_000)
 """Below those that the kernel gives out by itself."""
 LOCK_SECONDS = 120
-"""That a training which is started again waits for the lock of its stage (trainer.__main__)."""
+"""That a training which is started again waits for the lock of its stage."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _slots(part: Part) -> str:
 
 
 def _attempt(job: Job) -> dict[str, str]:
-    return {"STRETTO_PATIENCE": str(LOCK_SECONDS)} if job.attempt > 1 else {}
+    return {PATIENCE: str(LOCK_SECONDS)} if job.attempt > 1 else {}
 
 
 def deepspeed_command() -> str:

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from data.cloud import is_remote
 from data.config import DataConfig, TokensConfig
+from launcher.kubernetes_config import KubernetesConfig
 from launcher.placement import PlacementConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
@@ -57,6 +58,7 @@ class Recipe(Config):
     environment: list[str] = Field([])
     """Names of further variables that cross from here to every host."""
     slurm: SlurmConfig = SlurmConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
     fitted_from: str | None = None
     """Another run, whose codec, embedding and quantizers are taken over in place of fitting them here: the tokens of
     both then mean the same and can be mixed (train.mix)."""

@@ -82,7 +82,7 @@ def _line(problem: Any, name: str, model: type[BaseModel]) -> str:
             return f"{name} is not a key of a recipe: its last part can be {allowed}.{_nearest_of(value, allowed)}"
         return f"{name} is {value!r}: it must be {allowed}.{_nearest_of(value, allowed)}"
     if kind == "value_error":
-        return f"{name}: {problem['msg'].removeprefix('Value error, ')}."
+        return f"{name.removesuffix('.[key]')}: {problem['msg'].removeprefix('Value error, ')}."
     if kind == "string_pattern_mismatch":
         return f"{name} is {value!r}: it may have letters, digits and '_', and after the first also '.' and '-'."
     if kind in BOUNDS:

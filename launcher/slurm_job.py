@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.lock import PATIENCE
 from data.processes import plain_errors
 from launcher import restarts
 from launcher.backends.slurm import job_log
@@ -26,7 +27,7 @@ from launcher.graph import Origin, stage_named
 from launcher.job_record import read_job, record_job
 from launcher.outcome import BUSY_PORT, checkpoint_step, not_made, why
 from launcher.placement import Part, in_words
-from launcher.processes import LOCK_SECONDS, PATIENCE
+from launcher.processes import LOCK_SECONDS
 from launcher.recipe import read_run_recipe
 from launcher.restarts import Ended
 from launcher.run_folder import read_state

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.lock import locked
+from data.lock import PATIENCE, locked
 from data.processes import die_with_parent, fail, plain_errors
 from model.errors import UserError
 from trainer import stopping
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from trainer.setup import StageSetup
     from trainer.watchdog import Heartbeat
 
-PATIENCE = "STRETTO_PATIENCE"
-"""Seconds to wait for the lock, set where a stage is started again: a lost host's is given back after its end."""
 END_SECONDS = 60
 """How long a rank may take to end once its work is done, or has failed."""
 NOTICE_SECONDS = 3.0

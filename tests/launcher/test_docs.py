@@ -12,6 +12,7 @@ import yaml
 
 from data.config import DataConfig, TokensConfig
 from data.steps.config import CaptionsConfig, ChromaConfig, FeaturesConfig, VocalsConfig
+from launcher.kubernetes_config import KubernetesConfig, TolerationConfig
 from launcher.recipe import EvaluationConfig, Recipe
 from model.config import (
     CodecConfig,
@@ -68,7 +69,9 @@ def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
 def test_every_key_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
     documented = rows(heading)
     sections = (
-        {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation"} if config is Recipe else set()
+        {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation", "kubernetes"}
+        if config is Recipe
+        else set()
     )
     assert set(documented) - {"stage_defaults"} == set(config.model_fields) - sections
     check_defaults(documented, config)
@@ -78,6 +81,13 @@ def test_every_key_is_documented_with_its_default(heading: str, config: type[Con
 def test_every_key_of_a_step_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
     documented = rows(heading, "steps.md")
     assert {*documented, "kind"} == set(config.model_fields)
+    check_defaults(documented, config)
+
+
+@pytest.mark.parametrize(("heading", "config"), [("Every key", KubernetesConfig), ("A toleration", TolerationConfig)])
+def test_every_key_of_kubernetes_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
+    documented = rows(heading, "kubernetes.md")
+    assert set(documented) == set(config.model_fields)
     check_defaults(documented, config)
 
 

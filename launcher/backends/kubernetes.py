@@ -1,0 +1,236 @@
+"""Kubernetes: the cluster's own engines start the stages, restart them and wait for them, so nothing of ours lives on.
+
+kubectl does the talking. Where there is none, the manifests are left in the run folder for where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from launcher.backends import Job
+from launcher.backends.kubernetes_manifests import (
+    dump,
+    jobset,
+    jobset_name,
+    stage_of,
+    workflow,
+    workflow_name,
+    workflow_of,
+)
+from launcher.hosts import Host
+from launcher.job_record import JOBS, read_job
+from launcher.kubernetes_config import KubernetesConfig
+from launcher.restarts import Ended
+from model.errors import UserError
+from trainer.exit_codes import FAULT, SAVED
+
+ENDED = ("Succeeded", "Failed", "Error", "Skipped", "Omitted")
+"""Phases of a Workflow, or a node of it, that come to nothing more."""
+ENGINES = {"jobsets.jobset.x-k8s.io": "JobSet", "workflows.argoproj.io": "Argo Workflows"}
+QUEUES = "localqueues.kueue.x-k8s.io"
+KUBECTL_SECONDS = 120
+GENTLY = ("--ignore-not-found", "--wait=false")
+CHATTER = re.compile(r"[IWEF]\d{4} |Warning: ")
+"""How the lines begin that kubectl logs."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was given to the cluster."""
+
+    handles: dict[str, str]
+    """Of each stage."""
+    manifest: Path
+    command: tuple[str, ...]
+    """What gives it to the cluster."""
+    applied: bool
+    """False where there is no kubectl: the command is to be run elsewhere."""
+
+
+class Kubernetes:
+    """Jobs of the run folder `run`. A handle is the name of a JobSet."""
+
+    name = "kubernetes"
+
+    def __init__(self, run: Path, config: KubernetesConfig) -> None:
+        self._run = run.absolute()
+        self._config = config
+
+    def hosts(self) -> list[Host]:
+        """The nodes a stage may take, for `launcher.placement`; the cluster alone knows which they are."""
+        return [Host(f"node-{number}", self._config.gpus_per_node) for number in range(self._config.nodes)]
+
+    def submit(self, job: Job) -> str:
+        return self.submit_all([job]).handles[job.stage.name]
+
+    def submit_all(self, jobs: Sequence[Job]) -> Submission:
+        """Gives the cluster `jobs`, in the order of their stages, whose dependencies it then looks after itself.
+
+        Raises UserError where the cluster refuses them; nothing runs then.
+        """
+        self.check(jobs)
+        name = self._next_name(jobs)
+        manifest = self._run / JOBS / f"{name}.yaml"
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(dump(workflow(jobs, name, self._config)), encoding="utf-8")
+        command = (*self._kubectl(), "apply", "-f", str(manifest))
+        applied = shutil.which("kubectl") is not None
+        if applied:
+            self._ask("apply", "-f", str(manifest))
+        handles = {job.stage.name: jobset_name(name, job.stage.name) for job in jobs}
+        return Submission(handles, manifest, command, applied)
+
+    def dry_run(self, jobs: Sequence[Job]) -> str:
+        """What `submit_all` would give the cluster."""
+        self._check_config(jobs)
+        return dump(workflow(jobs, self._next_name(jobs), self._config))
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raises UserError with all that is missing or wrong, as far as it can be known before a pod starts."""
+        self._check_config(jobs)
+        if shutil.which("kubectl") is None:
+            return
+        known = self._ask("api-resources", "-o", "name").split()
+        engines = ENGINES | ({QUEUES: "Kueue (kubernetes.queue)"} if self._config.queue else {})
+        problems = [
+            f"the cluster has no {engine}: whoever runs it can install it (docs/kubernetes.md)."
+            for resource, engine in engines.items()
+            if resource not in known
+        ]
+        problems += self._missing(known)
+        if not problems:
+            name = self._next_name(jobs)
+            manifests = [jobset(job, jobset_name(name, job.stage.name), self._config) for job in jobs]
+            text = dump(workflow(jobs, name, self._config), *manifests)
+            done = self._try("apply", "--dry-run=server", "-f", "-", text=text)
+            problems = _errors(done) if done.returncode else []
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def poll(self, handle: str) -> Ended | None:
+        found = self._get("jobset", handle)
+        if found is None:
+            return self._not_begun(handle)
+        ended = found.get("status", {}).get("terminalState")
+        if not ended:
+            return None
+        return Ended(0 if ended == "Completed" else self._code(handle))
+
+    def cancel(self, handle: str, now: bool = False) -> None:
+        """Deletes the JobSet: its pods save and end. What depends on it is left out by the Workflow, as is, where the
+        stage has not begun, all that has not: of a Workflow no single part can be called off."""
+        if self._get("jobset", handle) is None:
+            self._ask("delete", "workflow", workflow_of(handle), "--cascade=orphan", *GENTLY)
+            return
+        self._ask("delete", "jobset", handle, *GENTLY)
+        if now:
+            pods = f"jobset.sigs.k8s.io/jobset-name={handle}"
+            self._ask("delete", "pods", "-l", pods, "--now", *GENTLY)
+
+    def logs(self, handle: str) -> Path:
+        return self._run / "logs" / f"{stage_of(handle)}.log"
+
+    def _check_config(self, jobs: Sequence[Job]) -> None:
+        config = self._config
+        problems = []
+        if config.image is None:
+            problems.append("kubernetes.image is not set: build one from containers/Dockerfile, and name it.")
+        if not any(self._run.is_relative_to(PurePosixPath(folder)) for folder in config.volumes.values()):
+            problems.append(
+                f"no volume of kubernetes.volumes holds {self._run}: name a claim that all nodes mount, such as "
+                f"kubernetes.volumes={{shared: {self._run.parent}}}, or choose a folder in one with -o."
+            )
+        problems += [
+            f"the share of {job.stage.name} has another number of slots on each node: choose a multiple."
+            for job in jobs
+            if len({len(part.slots) for part in job.share}) > 1
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _next_name(self, jobs: Sequence[Job]) -> str:
+        """Of a submission: objects of earlier ones may still be there."""
+        number = 1
+        while (self._run / JOBS / f"{(name := workflow_name(jobs[0].recipe.name, self._run, number))}.yaml").exists():
+            number += 1
+        return name
+
+    def _missing(self, known: Sequence[str]) -> list[str]:
+        """What the recipe names and the cluster does not have. What may not be looked at is taken to be there."""
+        config = self._config
+        wanted = [f"persistentvolumeclaim/{claim}" for claim in config.volumes]
+        wanted += [f"secret/{secret}" for secret in (*config.pull_secrets, *config.secrets)]
+        accounts = {account for account in (config.service_account, config.workflow_account) if account}
+        wanted += [f"serviceaccount/{account}" for account in sorted(accounts)]
+        if config.priority_class:
+            wanted.append(f"priorityclass/{config.priority_class}")
+        if config.queue and QUEUES in known:
+            wanted.append(f"{QUEUES}/{config.queue}")
+        return [line for line in _errors(self._try("get", *wanted, "-o", "name")) if "(Forbidden)" not in line]
+
+    def _not_begun(self, handle: str) -> Ended | None:
+        """Of a stage without a JobSet: it waits, or what it needs has failed, or the JobSet was deleted since."""
+        said = read_job(self._run, stage_of(handle)) or {}
+        if said.get("job") == handle and said.get("state") == "done":
+            return Ended(0)
+        found = self._get("workflow", workflow_of(handle))
+        if found is None:
+            return Ended(SAVED)
+        status = found.get("status", {})
+        nodes = [node for node in status.get("nodes", {}).values() if node.get("displayName") == stage_of(handle)]
+        phases = [node.get("phase") for node in nodes] or [status.get("phase")]
+        return Ended(SAVED) if phases[0] in ENDED else None
+
+    def _code(self, handle: str) -> int:
+        """The exit code of the pod that failed first."""
+        found = self._get("pods", "-l", f"jobset.sigs.k8s.io/jobset-name={handle}") or {}
+        ends = []
+        for pod in found.get("items", []):
+            for status in pod.get("status", {}).get("containerStatuses", []):
+                ended = status.get("state", {}).get("terminated")
+                if ended and ended["exitCode"]:
+                    ends.append((ended["finishedAt"], ended["exitCode"]))
+        return min(ends)[1] if ends else FAULT
+
+    def _get(self, *what: str) -> dict[str, Any] | None:
+        answer = self._ask("get", *what, "-o", "json", "--ignore-not-found")
+        return json.loads(answer) if answer.strip() else None
+
+    def _kubectl(self) -> tuple[str, ...]:
+        context = ("--context", self._config.context) if self._config.context else ()
+        return ("kubectl", *context, "--namespace", self._config.namespace)
+
+    def _ask(self, *arguments: str) -> str:
+        """What kubectl answers. Raises UserError where it cannot do what is asked."""
+        done = self._try(*arguments)
+        if done.returncode:
+            raise UserError("\n".join(_errors(done)))
+        return done.stdout
+
+    def _try(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                [*self._kubectl(), *arguments],
+                input=text,
+                capture_output=True,
+                text=True,
+                timeout=KUBECTL_SECONDS,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise UserError("kubectl is not installed here: it is what the cluster is asked by.") from None
+        except subprocess.TimeoutExpired:
+            raise UserError(f"the cluster has not answered for {KUBECTL_SECONDS} s: try again.") from None
+
+
+def _errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What kubectl says went wrong."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return list(dict.fromkeys(f"the cluster says: {line}" for line in lines if not CHATTER.match(line)))

@@ -1,0 +1,145 @@
+"""A run's jobs on a Kubernetes cluster, by the real kubectl and an API server of the test's own, behind which nothing
+runs: what JobSet and Argo would do is said by the test."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import yaml
+from kubernetes_api import Cluster
+from kubernetes_jobs import config, jobs
+
+from launcher.backends.kubernetes import Kubernetes
+from launcher.job_record import record_job
+from launcher.restarts import Ended
+from model.errors import UserError
+from trainer.exit_codes import DIVERGED, FAULT, SAVED
+
+JOBSET = "jobset.sigs.k8s.io/jobset-name"
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """One that this user can reach, with what the recipe names."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    started = Cluster("team")
+    (tmp_path / "config").write_text(started.kubeconfig())
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # kubectl keeps there what it knows of a cluster
+    started.add("persistentvolumeclaims", "shared")
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def backend(tmp_path):
+    return kubernetes(tmp_path)
+
+
+def kubernetes(folder, **keys):
+    return Kubernetes(folder / "run", config(volumes={"shared": str(folder)}, **keys))
+
+
+def test_a_run_is_given_to_the_cluster_as_one_workflow(cluster, backend, tmp_path):
+    given = backend.submit_all(jobs(tmp_path / "run"))
+    assert given.applied
+    name = given.handles["coarse"].removesuffix("-coarse")
+    applied = cluster.objects["workflows", name]
+    written = yaml.safe_load(given.manifest.read_text())
+    assert applied["spec"] == written["spec"]
+    assert applied["metadata"]["namespace"] == "team"
+    # The same run once more, as after a failure: what the cluster remembers of the first does not stand in its way.
+    again = backend.submit_all(jobs(tmp_path / "run")[6:8])
+    assert set(again.handles) == {"coarse", "fine"}
+    assert not set(again.handles.values()) & set(given.handles.values())
+
+
+def test_all_that_the_cluster_lacks_is_said_at_once_and_nothing_is_given_to_it(cluster, tmp_path):
+    del cluster.kinds["argoproj.io/v1alpha1"]
+    wanted = kubernetes(tmp_path, secrets=["hub"], service_account="trainer", queue="team", priority_class="high")
+    with pytest.raises(UserError) as caught:
+        wanted.submit_all(jobs(tmp_path / "run"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    for words in (
+        "no Argo Workflows",
+        '"hub" not found',
+        '"trainer" not found',
+        '"team" not found',
+        '"high" not found',
+    ):
+        assert any(words in line for line in lines), words
+    assert not [kind for kind, _ in cluster.objects if kind == "workflows"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_cluster_refuses_is_said_in_its_words(cluster, tmp_path):
+    with pytest.raises(UserError, match='namespaces "other" not found'):
+        kubernetes(tmp_path, namespace="other").check(jobs(tmp_path / "run"))
+    with pytest.raises(UserError, match='context "elsewhere" does not exist'):
+        kubernetes(tmp_path, context="elsewhere").check(jobs(tmp_path / "run"))
+    cluster.stop()
+    with pytest.raises(UserError, match="was refused"):
+        kubernetes(tmp_path).check(jobs(tmp_path / "run"))
+
+
+def test_without_kubectl_the_manifest_is_left_with_the_command(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = backend.submit_all(jobs(tmp_path / "run"))
+    assert not given.applied
+    assert yaml.safe_load(given.manifest.read_text())["kind"] == "Workflow"
+    assert given.command == ("kubectl", "--namespace", "team", "apply", "-f", str(given.manifest))
+    with pytest.raises(UserError, match="kubectl is not installed here"):
+        backend.poll(given.handles["coarse"])
+
+
+def test_a_stage_is_watched_from_waiting_to_its_end(cluster, backend, tmp_path):
+    handle = backend.submit_all(jobs(tmp_path / "run")).handles["coarse"]
+    assert backend.poll(handle) is None  # no JobSet yet
+    cluster.add("jobsets", handle, status={})
+    assert backend.poll(handle) is None
+    cluster.objects["jobsets", handle]["status"] = {"terminalState": "Completed"}
+    assert backend.poll(handle) == Ended(0)
+    cluster.objects["jobsets", handle]["status"] = {"terminalState": "Failed"}
+    assert backend.poll(handle) == Ended(FAULT)  # its pods are gone
+    for number, code, minute in ((0, 1, 2), (1, DIVERGED, 1), (2, 0, 0)):
+        ended = {"terminated": {"exitCode": code, "finishedAt": f"2026-01-01T00:0{minute}:00Z"}}
+        labels = {"labels": {JOBSET: handle}}
+        status = {"containerStatuses": [{"state": ended}]}
+        cluster.add("pods", f"{handle}-{number}", metadata=labels, status=status)
+    assert backend.poll(handle) == Ended(DIVERGED)  # the first that failed
+    assert backend.logs(handle) == tmp_path / "run" / "logs" / "coarse.log"
+
+
+def test_a_stage_whose_inputs_failed_has_ended_and_one_the_cluster_forgot_is_as_its_pods_said(
+    cluster, backend, tmp_path
+):
+    handles = backend.submit_all(jobs(tmp_path / "run")).handles
+    workflow = ("workflows", handles["bundle"].removesuffix("-bundle"))
+    nodes = {"1": {"displayName": "coarse", "phase": "Failed"}, "2": {"displayName": "bundle", "phase": "Omitted"}}
+    cluster.objects[workflow]["status"] = {"phase": "Running", "nodes": nodes}
+    assert backend.poll(handles["bundle"]) == Ended(SAVED)
+    assert backend.poll(handles["samples"]) is None
+    del cluster.objects[workflow]
+    assert backend.poll(handles["samples"]) == Ended(SAVED)
+    record_job(tmp_path / "run", "samples", handles["samples"], state="done")
+    assert backend.poll(handles["samples"]) == Ended(0)
+
+
+def test_a_stage_is_let_save_or_ended_at_once_and_one_that_waits_does_not_begin(cluster, backend, tmp_path):
+    handles = backend.submit_all(jobs(tmp_path / "run")).handles
+    for stage in ("coarse", "fine"):
+        cluster.add("jobsets", handles[stage])
+        cluster.add("pods", f"{stage}-pod", metadata={"labels": {JOBSET: handles[stage]}})
+    backend.cancel(handles["coarse"])
+    assert [(kind, name) for kind, name, _ in cluster.deleted] == [("jobsets", handles["coarse"])]
+    backend.cancel(handles["fine"], now=True)
+    kind, name, options = cluster.deleted[-1]
+    assert (kind, name, options["gracePeriodSeconds"]) == ("pods", "fine-pod", 1)
+    backend.cancel(handles["bundle"])
+    kind, _, options = cluster.deleted[-1]
+    # Only what makes JobSets goes: those that run stay.
+    assert (kind, options["propagationPolicy"]) == ("workflows", "Orphan")
+    backend.cancel(handles["bundle"])  # nothing is left to call off
