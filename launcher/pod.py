@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.lock import PATIENCE
 from data.processes import plain_errors
 from launcher.graph import Origin, stage_named
 from launcher.guard import environment
@@ -23,7 +24,7 @@ from launcher.job_record import read_job, record_job
 from launcher.node_ranks import rank_environments, run_ranks
 from launcher.outcome import not_made, why
 from launcher.placement import Part, in_words
-from launcher.processes import LOCK_SECONDS, PATIENCE
+from launcher.processes import LOCK_SECONDS
 from launcher.run_folder import read_state
 from launcher.stage import Stage
 from model.errors import UserError
