@@ -13,6 +13,7 @@ import yaml
 from data.config import DataConfig, TokensConfig
 from data.steps.config import CaptionsConfig, ChromaConfig, FeaturesConfig, VocalsConfig
 from launcher.recipe import EvaluationConfig, Recipe
+from launcher.slurm_config import SlurmConfig
 from model.config import (
     CodecConfig,
     ConditionConfig,
@@ -41,6 +42,7 @@ TABLES = {
     "`train`": TrainConfig,
     "`sampling`": SamplingConfig,
     "`evaluation`": EvaluationConfig,
+    "`slurm`": SlurmConfig,
 }
 STEPS = {
     "`vocals`": VocalsConfig,
@@ -67,9 +69,8 @@ def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("heading", "config"), TABLES.items(), ids=TABLES.keys())
 def test_every_key_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
     documented = rows(heading)
-    sections = (
-        {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation"} if config is Recipe else set()
-    )
+    sections = {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation", "slurm"}
+    sections = sections if config is Recipe else set()
     assert set(documented) - {"stage_defaults"} == set(config.model_fields) - sections
     check_defaults(documented, config)
 
