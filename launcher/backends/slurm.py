@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.backends import Job
 from launcher.backends.slurm_check import problems
@@ -128,7 +129,7 @@ class Slurm:
         stages = read_state(self._run)["stages"]
         return job_log(self._run, next(name for name, entry in stages.items() if entry.get("job") == handle))
 
-    def _said(self, handle: str) -> Mapping[str, int]:
+    def _said(self, handle: str) -> Mapping[str, Any]:
         found = (read_job(self._run, name) for name in read_state(self._run)["stages"])
         return next((said for said in found if said and said["job"] == handle), {})
 
