@@ -164,7 +164,7 @@ def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_p
 def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
     """A more urgent job takes both nodes; ranks get some seconds."""
     run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=5", "validate_every=1000")]
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
     submit(cluster, run, "--only=coarse", *keys)
     wait_until(cluster, lambda: saved(run))
     cluster.run("srun", "--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "true")

@@ -114,8 +114,8 @@ class Slurm:
         state = states([handle]).get(handle, "gone")
         if state not in (*OVER, "gone"):
             return None
-        said = self._said(handle)
-        return Ended(said.get("code", OVER.get(state, SAVED)))
+        code = self._said(handle).get("code")
+        return Ended(OVER.get(state, SAVED) if code is None else code)
 
     def cancel(self, handle: str, now: bool = False) -> None:
         """A job that runs is told by its batch step, which gives ranks the time they need; scancel would give them that
