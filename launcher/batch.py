@@ -19,12 +19,15 @@ from launcher.outcome import make_way
 from launcher.placement import Share, count
 from launcher.places import check_places
 from launcher.recipe import Recipe
+from launcher.restarts import USER
 from launcher.run_folder import RunFolder, check_owner, read_state
 from launcher.stage import Stage
 from launcher.units import counted
 from model.errors import UserError
+from trainer.exit_codes import DIVERGED, SAVED
 
 POLL_SECONDS = 5.0
+INTERRUPTED = 130
 ENDED = ("done", "failed", "interrupted")
 
 
@@ -162,18 +165,19 @@ def _table(
 
 
 def wait_for(run: Path, backend: BatchBackend, handles: Mapping[str, str], console: Console) -> int:
-    """Waits for jobs to end, and says of each how. Returns 0, or what the first that failed ended with."""
-    left, code = dict(handles), 0
-    while left:
-        for name, handle in list(left.items()):
-            ended = backend.poll(handle)
-            if ended is None:
-                continue
-            del left[name]
-            entry = read_state(run)["stages"][name]
-            said = f": {entry['error']}" if entry.get("error") else ""
-            console.print(f"{name}: {'done' if ended.code == 0 else 'not done'}{said}", markup=False, highlight=False)
-            code = code or ended.code
-        if left:
+    """Waits for jobs to end, and says of each how. Returns 0, 1 when a stage failed, 2 when only by what the user can
+    put right, 130 when some were merely stopped."""
+    codes: dict[str, int] = {}
+    while left := [name for name in handles if name not in codes]:
+        for name in left:
+            if (ended := backend.poll(handles[name])) is not None:
+                codes[name] = ended.code
+                error = read_state(run)["stages"][name].get("error")
+                said = "done" if ended.code == 0 else f"not done{f': {error}' if error else ''}"
+                console.print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
+        if len(codes) < len(handles):
             time.sleep(POLL_SECONDS)
-    return code
+    failed = {code for code in codes.values() if code not in (0, SAVED)}
+    if failed:
+        return 2 if failed <= {USER, DIVERGED} else 1
+    return INTERRUPTED if SAVED in codes.values() else 0

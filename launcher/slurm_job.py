@@ -95,9 +95,9 @@ class Attempt:
     def go(self) -> int:
         """Returns the exit code of the job."""
         hosts = in_words(tuple(Part(host, tuple(range(tasks)), tasks) for host, tasks in self._nodes()))
-        started = self.before.get("started", self.began) if self.before.get("state") == "running" else self.began
         restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._record(state="running", started=started, finished=None, hosts=hosts, restarts=restarted)
+        known = {"hosts": hosts, "restarts": restarted, "error": None, "code": None, "finished": None}
+        self._record(state="running", started=self.began, **known)
         code, output = self._attempt(restarted)
         if code != 0 and self.stage.ranked and not self.told.to_end and BUSY_PORT.search(output):
             code, output = self._attempt(restarted)  # another step of the job has another port

@@ -146,7 +146,6 @@ def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_p
     for process in ranks_of(run):
         process.suspend()
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    expected = uninterrupted(run, tmp_path / "alone")
     log = run / "logs" / "coarse.log"
     wait_until(cluster, lambda: "its time is nearly up" in log.read_text())
     for process in ranks_of(run):
@@ -157,6 +156,7 @@ def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_p
     found = entry(run, "coarse")
     assert (found["state"], found["job"], found["restarts"]) == ("done", job, 1), log.read_text()
     assert "resumed at step" in log.read_text()
+    expected = uninterrupted(run, tmp_path / "alone")
     assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
 
 
@@ -164,7 +164,7 @@ def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_p
 def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
     """A more urgent job takes both nodes; ranks get some seconds."""
     run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=5", "validate_every=1000")]
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
     submit(cluster, run, "--only=coarse", *keys)
     wait_until(cluster, lambda: saved(run))
     cluster.run("srun", "--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "true")

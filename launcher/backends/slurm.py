@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.backends import Job
 from launcher.backends.slurm_check import problems
@@ -113,8 +114,8 @@ class Slurm:
         state = states([handle]).get(handle, "gone")
         if state not in (*OVER, "gone"):
             return None
-        said = self._said(handle)
-        return Ended(said.get("code", OVER.get(state, SAVED)))
+        code = self._said(handle).get("code")
+        return Ended(OVER.get(state, SAVED) if code is None else code)
 
     def cancel(self, handle: str, now: bool = False) -> None:
         """A job that runs is told by its batch step, which gives ranks the time they need; scancel would give them that
@@ -128,7 +129,7 @@ class Slurm:
         stages = read_state(self._run)["stages"]
         return job_log(self._run, next(name for name, entry in stages.items() if entry.get("job") == handle))
 
-    def _said(self, handle: str) -> Mapping[str, int]:
+    def _said(self, handle: str) -> Mapping[str, Any]:
         found = (read_job(self._run, name) for name in read_state(self._run)["stages"])
         return next((said for said in found if said and said["job"] == handle), {})
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 
 from data.config import DataConfig, TokensConfig
 from data.steps.config import CaptionsConfig, ChromaConfig, FeaturesConfig, VocalsConfig
 from launcher.kubernetes_config import KubernetesConfig, TolerationConfig
+from launcher.placement import PlacementConfig
 from launcher.recipe import EvaluationConfig, Recipe
+from launcher.restarts import RestartsConfig
+from launcher.slurm_config import SlurmConfig
 from model.config import (
     CodecConfig,
     ConditionConfig,
@@ -42,6 +46,9 @@ TABLES = {
     "`train`": TrainConfig,
     "`sampling`": SamplingConfig,
     "`evaluation`": EvaluationConfig,
+    "`placement`": PlacementConfig,
+    "`restarts`": RestartsConfig,
+    "`slurm`": SlurmConfig,
 }
 STEPS = {
     "`vocals`": VocalsConfig,
@@ -65,14 +72,14 @@ def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
     yield from zip(keys, [part.strip() for part in defaults.split(",")] if len(keys) > 1 else [defaults], strict=True)
 
 
+def is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+
+
 @pytest.mark.parametrize(("heading", "config"), TABLES.items(), ids=TABLES.keys())
 def test_every_key_is_documented_with_its_default(heading: str, config: type[Config]) -> None:
     documented = rows(heading)
-    sections = (
-        {"data", "encoders", "quantizers", "tokens", "stages", "sampling", "evaluation", "kubernetes"}
-        if config is Recipe
-        else set()
-    )
+    sections = {name for name, field in Recipe.model_fields.items() if is_section(field)} if config is Recipe else set()
     assert set(documented) - {"stage_defaults"} == set(config.model_fields) - sections
     check_defaults(documented, config)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import ROOT
 from slurm_cluster import missing, slurm_cluster
@@ -127,3 +131,23 @@ def test_a_cluster_that_does_not_answer_is_not_a_job_that_has_ended(tmp_path, cl
     broken.write_text(text.replace("SlurmctldHost=", "SlurmctldPort=6999\nMessageTimeout=2\nSlurmctldHost="))
     env = {"PYTHONPATH": str(ROOT), "SLURM_CONF": str(broken)}
     assert "UserError" in cluster.run(sys.executable, "-c", ask, env=env, code=1).stderr
+
+
+def test_a_cluster_ends_with_the_test_that_started_it(tmp_path):
+    if reason := missing():
+        pytest.skip(reason)
+    program = (
+        "import os, signal; from pathlib import Path; from slurm_cluster import slurm_cluster\n"
+        f"with slurm_cluster(Path({str(tmp_path)!r}) / 'slurm') as cluster:\n"
+        "    print(cluster.inside, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+    first = int(killed.stdout)
+    for _ in range(50):
+        if not psutil.pid_exists(first):
+            break
+        time.sleep(0.1)
+    left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in left if str(tmp_path) in " ".join(words)]
