@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from rich import box
 from rich.console import Console
@@ -13,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher import runner
-from launcher.backends import Backend, Job
+from launcher.backends import BatchBackend, Job
+from launcher.backends.others import ENDED, check_others
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
 from launcher.outcome import make_way
 from launcher.placement import Share, count
@@ -28,20 +28,6 @@ from trainer.exit_codes import DIVERGED, SAVED
 
 POLL_SECONDS = 5.0
 INTERRUPTED = 130
-ENDED = ("done", "failed", "interrupted")
-
-
-class BatchBackend(Backend, Protocol):
-    """A cluster with an engine of its own for jobs that depend on each other."""
-
-    def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
-        """What each stage will take."""
-
-    def check(self, recipe: Recipe, stages: Sequence[Stage]) -> None:
-        """Raises UserError with all that the cluster would refuse."""
-
-    def script(self, job: Job) -> str:
-        """What the cluster is given of a job."""
 
 
 def run(
@@ -60,25 +46,30 @@ def run(
         check_owner(path, recipe)
         states = state_of(path, recipe)
         todo = plan_stages(states, only)
-        runner._print_plan(console, states, todo)
-        print_jobs(recipe, path.absolute(), todo, backend, console)
+        runner.print_plan(console, states, todo)
+        text = backend.dry_run(jobs_for(recipe, path.absolute(), todo, backend, {}))
+        console.print(f"\n{text}".rstrip(), highlight=False, soft_wrap=True, markup=False)
         return 0
     found = origins(recipe)
     with RunFolder.opened(path, recipe) as folder:
+        check_others(folder, recipe, backend.name)
         states = state_of(folder.path, recipe, found)
         todo = plan_stages(states, only)
         lives = living(folder, found, backend)
-        if new := [stage for stage in todo if stage.name not in lives]:
-            folder.check_space(runner.space_needed(recipe, new))
-            check_places(recipe, found, new)
-            backend.check(recipe, new)
+        new = [stage for stage in todo if stage.name not in lives]
+        jobs = _checked(folder, recipe, found, new, backend, lives)
         folder.adopt(recipe)
         for name in (name for name, state in states.items() if state.done):
             folder.record(name, state="done", reused=True, error=None, made_from=found[name].to_json())
         if not todo:
             console.print(f"{path}: everything is up to date.", highlight=False, soft_wrap=True, markup=False)
             return 0
-        handles = submit_all(folder, recipe, found, states, todo, backend, lives, console)
+        handles = dict(lives)
+        left = submit_all(folder, found, states, jobs, backend, handles, console) if jobs else None
+        console.print(_table(todo, handles, lives, {job.stage.name: job.share for job in jobs}))
+        if left is not None:
+            console.print(left, highlight=False, soft_wrap=True, markup=False)
+            return 0
     return wait_for(folder.path, backend, handles, console) if wait else 0
 
 
@@ -106,47 +97,74 @@ def living(folder: RunFolder, found: Mapping[str, Origin], backend: BatchBackend
     return handles
 
 
-def submit_all(
+def _checked(
     folder: RunFolder,
     recipe: Recipe,
-    found: Mapping[str, Origin],
-    states: Mapping[str, StageState],
-    todo: Sequence[Stage],
+    found: dict[str, Origin],
+    new: Sequence[Stage],
     backend: BatchBackend,
     lives: Mapping[str, str],
-    console: Console,
-) -> dict[str, str]:
-    """Submits a job for each stage in `todo` that none `lives` for; each waits for those that make what it needs.
+) -> list[Job]:
+    """The jobs to submit. Raises one UserError with all that is wrong."""
+    if not new:
+        return []
+    problems = []
+    if lives and not backend.joins:
+        problems.append(
+            f"{', '.join(lives)} of an earlier submission still {'runs' if len(lives) == 1 else 'run'}, and new jobs "
+            f"cannot wait for that: `stretto stop {folder.path}` lets it save, then give the command again."
+        )
+    jobs: list[Job] = []
+    checks: list[Callable[[], object]] = [
+        lambda: folder.check_space(runner.space_needed(recipe, new)),
+        lambda: check_places(recipe, found, new),
+        lambda: jobs.extend(jobs_for(recipe, folder.path, new, backend, lives)),
+        lambda: backend.check(jobs) if jobs else None,
+    ]
+    problems += runner.problems_of(checks)
+    if problems:
+        raise UserError("\n".join(problems))
+    return jobs
 
-    Returns the handles of all that live now, by their stages, and prints them. Where a submission is refused, those
-    before it stay: the same command goes on from there.
-    """
-    handles, shares = dict(lives), backend.shares(recipe, todo)
-    for stage in todo:
-        if stage.name in lives:
-            continue
-        after = tuple(handles[need] for need in stage.needs if need in handles)
-        state, origin = states[stage.name], found[stage.name]
-        previous = make_way(folder, stage, origin, state.state == "outdated")
+
+def jobs_for(
+    recipe: Recipe, run: Path, stages: Sequence[Stage], backend: BatchBackend, lives: Mapping[str, str]
+) -> list[Job]:
+    """A job for each of `stages`, which waits for those that `lives` has of what it needs."""
+    shares = backend.shares(recipe, stages)
+    return [
+        Job(run, recipe, stage, shares[stage.name], after=tuple(lives[need] for need in stage.needs if need in lives))
+        for stage in stages
+    ]
+
+
+def submit_all(
+    folder: RunFolder,
+    found: Mapping[str, Origin],
+    states: Mapping[str, StageState],
+    jobs: Sequence[Job],
+    backend: BatchBackend,
+    handles: dict[str, str],
+    console: Console,
+) -> str | None:
+    """Makes way for `jobs` and submits them; their handles join `handles`. Where a submission is refused, those before
+    it stay: the same command goes on from there."""
+    for job in jobs:
+        name, origin = job.stage.name, found[job.stage.name]
+        state = states[name]
+        previous = make_way(folder, job.stage, origin, state.state == "outdated")
         if previous is not None:
-            console.print(f"{stage.name}: outdated ({'; '.join(state.reasons)}); moved to {previous}", markup=False)
-        (folder.path / "progress" / f"{stage.name}.json").unlink(missing_ok=True)
+            console.print(f"{name}: outdated ({'; '.join(state.reasons)}); moved to {previous}", markup=False)
+        (folder.path / "progress" / f"{name}.json").unlink(missing_ok=True)
         # The job may start before its number is known here.
         noted = {"backend": backend.name, "made_from": origin.to_json(), "hosts": None}
-        folder.record(stage.name, state="waiting", error=None, job=None, **noted)
-        handles[stage.name] = backend.submit(Job(folder.path, recipe, stage, shares[stage.name], after=after))
-        folder.record(stage.name, job=handles[stage.name])
-    console.print(_table(todo, handles, lives, shares))
-    return handles
+        folder.record(name, state="waiting", error=None, job=None, **noted)
 
+    def submitted(name: str, handle: str) -> None:
+        handles[name] = handle
+        folder.record(name, job=handle)
 
-def print_jobs(recipe: Recipe, run: Path, todo: Sequence[Stage], backend: BatchBackend, console: Console) -> None:
-    """What would be submitted, job by job; names of stages stand for the numbers that jobs will have."""
-    shares, names = backend.shares(recipe, todo), {stage.name for stage in todo}
-    for stage in todo:
-        after = tuple(need for need in stage.needs if need in names)
-        text = backend.script(Job(run, recipe, stage, shares[stage.name], after=after))
-        console.print(f"\n{stage.name}:\n{text}".rstrip(), highlight=False, soft_wrap=True, markup=False)
+    return backend.submit_all(jobs, submitted)
 
 
 def _table(
@@ -156,11 +174,11 @@ def _table(
     for column in ("stage", "job", "takes", "waits for"):
         table.add_column(column, overflow="fold")
     for stage in todo:
-        share = shares[stage.name]
+        share = shares.get(stage.name, ())
         nodes = f" on {len(share)} nodes" if len(share) > 1 else ""
         waits = ", ".join(handles[need] for need in stage.needs if need in handles)
         job = handles[stage.name] + (", which lives" if stage.name in lives else "")
-        table.add_row(stage.name, escape(job), counted(count(share), "rank") + nodes, escape(waits))
+        table.add_row(stage.name, escape(job), counted(count(share), "rank") + nodes if share else "", escape(waits))
     return table
 
 

@@ -72,6 +72,11 @@ def run(
     hostfile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="On these hosts: lines such as `node1 slots=8`.")
     ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit a Slurm job for each stage.")] = False,
+    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Submit to a Kubernetes cluster.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With --slurm or --kubernetes: until all has ended.")
+    ] = False,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeats.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be built and why, and what would be executed, and stop.")
@@ -81,7 +86,15 @@ def run(
     from launcher.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    _run(loaded, output or Path("runs") / loaded.name, only or [], dry_run, hostfile)
+    path = output or Path("runs") / loaded.name
+    if sum([hostfile is not None, slurm, kubernetes]) > 1:
+        raise UserError("--hostfile, --slurm and --kubernetes are three ways to run: choose one.")
+    if wait and not (slurm or kubernetes):
+        raise UserError("--wait goes with --slurm or --kubernetes: elsewhere `stretto run` ends when the stages have.")
+    if slurm or kubernetes:
+        _submit(loaded, path, "slurm" if slurm else "kubernetes", only or [], dry_run, wait)
+    else:
+        _run(loaded, path, only or [], dry_run, hostfile)
 
 
 @app.command()
@@ -347,6 +360,17 @@ def _run(recipe: Any, path: Path, only: list[str], dry_run: bool = False, hostfi
 
     with plain_errors(path):
         code = run_recipe(recipe, path, only, dry_run, Console(), hostfile)
+    if code:
+        raise typer.Exit(code)
+
+
+def _submit(recipe: Any, path: Path, kind: str, only: list[str], dry_run: bool, wait: bool) -> None:
+    from launcher import batch
+    from launcher.backends.others import batch_backend
+
+    with plain_errors(path):
+        backend = batch_backend(kind, path.absolute(), recipe)
+        code = batch.run(recipe, path, backend, only, dry_run, wait, Console())
     if code:
         raise typer.Exit(code)
 

@@ -23,7 +23,7 @@ from launcher.placement import Share, count, in_words
 from launcher.recipe import Recipe
 from launcher.restarts import Ended
 from launcher.room import Room
-from launcher.run_folder import RunFolder
+from launcher.run_folder import DIRECT, RunFolder
 from launcher.stage import Stage
 from launcher.units import duration
 from model.errors import UserError
@@ -183,7 +183,9 @@ class Execution:
         log_start, step = log.stat().st_size if log.exists() else 0, checkpoint_step(path / name)
         noted = {"hosts": in_words(share), "attempt": tries.attempts, "log_start": log_start, "step": step}
         origin = self.origins[name].to_json()
-        self.folder.record(name, state="running", started=time.time(), made_from=origin, job=None, **noted)
+        self.folder.record(
+            name, state="running", started=time.time(), made_from=origin, job=None, backend=DIRECT, **noted
+        )
         handle = self.backend.submit(Job(path, self.recipe, stage, share, tries.attempts))
         self.folder.record(name, job=handle)
         self.running.append(Running(stage, handle, share, log, log_start, time.monotonic(), step))

@@ -158,7 +158,7 @@ def may_run(run: Path, stage: str, entry: Mapping[str, Any]) -> bool:
         return False
     # A launcher that was killed just then had started the supervisor and not noted it yet.
     handle = entry.get("job") or (read_job(run, stage) or {}).get("job")
-    if handle is None or entry.get("backend", DIRECT) != DIRECT:
+    if handle is None or (entry.get("backend") or DIRECT) != DIRECT:
         return handle is not None
     return alive(handle) or elsewhere(run, stage, handle)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from launcher.backends import Job
 from launcher.backends.direct import Direct
+from launcher.backends.others import check_others
 from launcher.execution import Execution
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
 from launcher.hosts import Host, crossing, module_on, read_hostfile
@@ -20,7 +21,7 @@ from launcher.places import check_places
 from launcher.preflight import check_hosts
 from launcher.recipe import Recipe
 from launcher.room import HostRoom, LocalRoom, Room
-from launcher.run_folder import RunFolder, check_owner
+from launcher.run_folder import DIRECT, RunFolder, check_owner
 from launcher.stage import Stage
 from model import artifact
 from model.config import STAGES as TRAINED
@@ -49,13 +50,14 @@ def run(
         check_owner(path, recipe)
         states = state_of(path, recipe)
         todo = plan_stages(states, only)
-        _print_plan(console, states, todo)
+        print_plan(console, states, todo)
         backend = Direct(path.absolute(), hosts)
         _print_commands(console, backend, _room(recipe, path.absolute(), hosts, todo), recipe, path.absolute(), todo)
         return 0
     # Taken once: the user's files may change while the run goes on.
     found = origins(recipe)
     with RunFolder.opened(path, recipe) as folder:
+        check_others(folder, recipe, DIRECT)
         check_survivors(folder, found)
         states = state_of(folder.path, recipe, found)
         todo = plan_stages(states, only)
@@ -94,15 +96,20 @@ def _check(
     if hosts:
         checks.append(lambda: shares(recipe, hosts, todo))
         checks.append(lambda: addresses.update(check_hosts(hosts, folder.path)))
+    if problems := problems_of(checks):
+        raise UserError("\n".join(problems))
+    return addresses
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """What the checks raise, so that all of it can be said at once."""
     problems = []
     for check in checks:
         try:
             check()
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return addresses
+    return problems
 
 
 def check_survivors(folder: RunFolder, found: dict[str, Origin]) -> None:
@@ -112,7 +119,7 @@ def check_survivors(folder: RunFolder, found: dict[str, Origin]) -> None:
     """
     problems = []
     for name, entry in folder.state["stages"].items():
-        if entry.get("state") != "running":
+        if entry.get("state") != "running" or (entry.get("backend") or DIRECT) != DIRECT:
             continue
         # A launcher that was killed just then had started the supervisor and not noted it yet.
         handle = entry.get("job") or (read_job(folder.path, name) or {}).get("job")
@@ -138,7 +145,7 @@ def check_survivors(folder: RunFolder, found: dict[str, Origin]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _print_plan(console: Console, states: dict[str, StageState], todo: list[Stage]) -> None:
+def print_plan(console: Console, states: dict[str, StageState], todo: list[Stage]) -> None:
     building = {stage.name for stage in todo}
     for name, state in states.items():
         verb = "keep" if state.done else "build" if state.state == "missing" else "rebuild"

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.lock import Holder, holder
+from launcher.backends import Backend
+from launcher.backends.others import ENDED, backend_named
 from launcher.job_record import supervisor
+from launcher.recipe import read_run_recipe
 from launcher.run_folder import DIRECT, may_run, read_state
 from launcher.status import TRAINED, read_status
 from model.errors import UserError
@@ -29,6 +32,10 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
     Raises UserError where `run` is not a run folder, or what works there does so on another machine or does not end.
     """
     read_status(run)
+    submitted = _submitted(run)
+    if submitted:
+        _cancel(run, submitted, now, say)
+        return
     launcher, left = holder(run), _left_running(run)
     trainings = [found for stage in TRAINED if (found := holder(run / stage))]
     told = [launcher] if launcher else left or trainings  # a launcher tells its jobs, and these their ranks
@@ -51,11 +58,40 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
     say(f"{run}: stopped. The same command goes on from here.")
 
 
+def _submitted(run: Path) -> dict[str, tuple[Backend, str]]:
+    """The jobs of a cluster that wait or run, by their stages: backend and handle."""
+    entries = {
+        name: entry
+        for name, entry in read_state(run)["stages"].items()
+        if entry.get("job") and (entry.get("backend") or DIRECT) != DIRECT and entry["state"] not in ENDED
+    }
+    if not entries:
+        return {}
+    recipe = read_run_recipe(run)
+    found = {name: (backend_named(entry["backend"], run, recipe), entry["job"]) for name, entry in entries.items()}
+    return {name: (backend, handle) for name, (backend, handle) in found.items() if backend.poll(handle) is None}
+
+
+def _cancel(run: Path, submitted: dict[str, tuple[Backend, str]], now: bool, say: Callable[[str], None]) -> None:
+    """Tells jobs of a cluster to end, those that need others first: else they might start meanwhile."""
+    say(f"{run}: told to save and end: {', '.join(f'{name} (job {job})' for name, (_, job) in submitted.items())}.")
+    for backend, handle in reversed(submitted.values()):
+        backend.cancel(handle, now)
+    deadline = time.monotonic() + LONGEST
+    while any(backend.poll(handle) is None for backend, handle in submitted.values()):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{run}: its jobs have not ended after {LONGEST} s. `stretto stop --now` does not let them save."
+            )
+        time.sleep(1)
+    say(f"{run}: stopped. The same command goes on from here.")
+
+
 def _left_running(run: Path) -> list[Holder]:
     """The supervisors of jobs that a launcher which is gone has started."""
     found = []
     for name, entry in read_state(run)["stages"].items():
-        if entry.get("job") and entry.get("backend", DIRECT) == DIRECT and may_run(run, name, entry):
+        if entry.get("job") and (entry.get("backend") or DIRECT) == DIRECT and may_run(run, name, entry):
             found.append(supervisor(entry["job"]))
     return found
 

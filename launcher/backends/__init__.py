@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,3 +43,24 @@ class Backend(Protocol):
 
     def logs(self, handle: str) -> Path:
         """What the processes of a job print."""
+
+
+class BatchBackend(Backend, Protocol):
+    """A cluster with an engine of its own for jobs that depend on each other."""
+
+    joins: bool
+    """Whether new jobs can wait for those of an earlier submission."""
+
+    def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
+        """What each stage will take."""
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raises UserError with all that the cluster would refuse."""
+
+    def submit_all(self, jobs: Sequence[Job], submitted: Callable[[str, str], None]) -> str | None:
+        """Gives the cluster `jobs`, in the order of their stages; each waits for those of them that make what it needs,
+        and for the jobs that live already and that it names. `submitted` hears of each stage and its handle. Returns
+        what is left for the user to do, if anything."""
+
+    def dry_run(self, jobs: Sequence[Job]) -> str:
+        """What `submit_all` would give the cluster."""

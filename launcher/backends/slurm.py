@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Slurm:
     """Jobs of the cluster whose login node this is. A handle is the number of a job."""
 
     name = "slurm"
+    joins = True
 
     def __init__(self, run: Path, config: SlurmConfig) -> None:
         self._run = run
@@ -53,19 +55,34 @@ class Slurm:
             found[name] = share
         return found
 
-    def check(self, recipe: Recipe, stages: Sequence[Stage]) -> None:
+    def check(self, jobs: Sequence[Job]) -> None:
         """Raises UserError with all that Slurm would refuse, before anything is submitted."""
-        taken = self.shares(recipe, stages)
-        wrong = problems(self._config, taken)
+        wrong = problems(self._config, {job.stage.name: job.share for job in jobs})
         if not wrong:
             # What only the cluster knows: limits of an account or a user, rules of the site.
-            for stage in stages:
+            for job in jobs:
                 try:
-                    ask("sbatch", "--test-only", text=self.script(Job(self._run, recipe, stage, taken[stage.name])))
+                    ask("sbatch", "--test-only", text=self.script(job))
                 except UserError as error:
                     wrong.append(str(error))
         if wrong:
             raise UserError("\n".join(dict.fromkeys(wrong)))
+
+    def submit_all(self, jobs: Sequence[Job], submitted: Callable[[str, str], None]) -> None:
+        handles: dict[str, str] = {}
+        for job in jobs:
+            after = [handles[need] for need in job.stage.needs if need in handles]
+            handles[job.stage.name] = self.submit(replace(job, after=(*job.after, *after)))
+            submitted(job.stage.name, handles[job.stage.name])
+
+    def dry_run(self, jobs: Sequence[Job]) -> str:
+        """The scripts; the names of stages stand for the numbers that jobs will have."""
+        names = {job.stage.name for job in jobs}
+        texts = []
+        for job in jobs:
+            after = tuple(need for need in job.stage.needs if need in names)
+            texts.append(f"{job.stage.name}:\n{self.script(replace(job, after=after))}")
+        return "\n".join(texts)
 
     def script(self, job: Job) -> str:
         """What sbatch is given. It is the user's to read and to submit by hand."""

@@ -1,0 +1,70 @@
+"""Which backend a run's jobs are with: only one at a time may work in a run folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.backends import Backend, BatchBackend
+from launcher.backends.direct import Direct
+from launcher.recipe import Recipe
+from launcher.run_folder import DIRECT, RunFolder, may_run
+from model.errors import UserError
+
+ENDED = ("done", "failed", "interrupted")
+"""States of stages of which nothing runs or waits to run."""
+
+
+def backend_named(name: str, run: Path, recipe: Recipe) -> Backend:
+    """The backend that `state.json` names."""
+    return Direct(run) if name == DIRECT else batch_backend(name, run, recipe)
+
+
+def batch_backend(name: str, run: Path, recipe: Recipe) -> BatchBackend:
+    if name == "slurm":
+        from launcher.backends.slurm import Slurm
+
+        return Slurm(run, recipe.slurm)
+    from launcher.backends.kubernetes import Kubernetes
+
+    return Kubernetes(run, recipe.kubernetes)
+
+
+def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
+    """Raises UserError where jobs of another backend than `name` still live, or that cannot be told."""
+    problems = []
+    for stage, entry in folder.state["stages"].items():
+        other, handle = entry.get("backend") or DIRECT, entry.get("job")
+        if other == name or handle is None or entry.get("state") in ENDED:
+            continue
+        if other == DIRECT:
+            lives = may_run(folder.path, stage, entry)
+        else:
+            lives = backend_named(other, folder.path, recipe).poll(handle) is None
+        if lives:
+            what = "as it was started from here" if other == DIRECT else f"as job {handle} of {other}"
+            problems.append(f"{stage} still runs or waits, {what}: `stretto stop {folder.path}` ends it.")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def ended_unsaid(stages: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Of the entries of `state.json` those whose Slurm job is over though nobody has said so: cancelled before it
+    began, or on a node that died. None where Slurm cannot be asked from here."""
+    from launcher.backends.slurm import OVER
+    from launcher.backends.slurm_commands import states
+
+    handles = {
+        name: entry["job"]
+        for name, entry in stages.items()
+        if entry.get("backend") == "slurm" and entry.get("job") and entry["state"] not in ENDED
+    }
+    if not handles or shutil.which("squeue") is None:
+        return set()
+    try:
+        known = states(list(handles.values()))
+    except UserError:
+        return set()
+    return {name for name, handle in handles.items() if known.get(handle, "COMPLETED") in OVER}
