@@ -12,12 +12,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
 from model.errors import UserError
 
 LOCK = ".lock"
+PAUSE_SECONDS = 0.2
+PATIENCE = "STRETTO_PATIENCE"
+"""The environment variable that says how many seconds a training waits for the lock of its stage, set where it is
+started again: a file server gives a lost host's lock back only some time after its end."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,21 @@ def holder(folder: Path) -> Holder | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Holds the lock of `folder`, which says who does.
 
-    Raises UserError that names the holder where there is one, and where the folder cannot be written.
+    Raises UserError that names the holder where there still is one after `patience` seconds, and where the folder
+    cannot be written.
     """
     with _opened(folder) as file:
         # A process forked from this one, such as a loader of data, would hold the lock too, and outlive this one.
         os.register_at_fork(after_in_child=file.close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{folder} is in use {_in_words(_read_holder(file.read()))}.") from None
+        deadline = time.monotonic() + patience
+        while not _taken(file):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise UserError(f"{folder} is in use {_in_words(_read_holder(file.read()))}.")
+            time.sleep(PAUSE_SECONDS)
         file.truncate(0)
         file.write(json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time()))))
         file.flush()
@@ -72,6 +79,14 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _taken(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _opened(folder: Path):

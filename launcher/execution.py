@@ -152,10 +152,14 @@ class Execution:
 
     def _start_ready(self) -> None:
         unfinished = {stage.name for stage in self.waiting} | {job.stage.name for job in self.running}
+        # What has begun comes first: its room is not for others while it pauses, or saves in order to grow.
+        begun = any(self.tries[stage.name].attempts for stage in self.waiting) or any(
+            job.growing for job in self.running
+        )
         for stage in list(self.waiting):
             tries = self.tries[stage.name]
-            late = time.monotonic() < tries.not_before
-            if self.stops or late or (self.code and not tries.attempts) or unfinished & set(stage.needs):
+            held = time.monotonic() < tries.not_before if tries.attempts else begun or self.code
+            if self.stops or held or unfinished & set(stage.needs):
                 continue
             share = self.room.take(stage)
             if share is not None:
@@ -203,7 +207,7 @@ class Execution:
             elif self.stops:
                 self.folder.record(job.stage.name, state="interrupted")
             elif job.growing and not ended.lost and ended.code not in restarts.FINAL:
-                # It has saved, though the deepspeed command, which is told to stop as well, ends with a code of its own.
+                # It has saved, though the deepspeed command, told to stop as well, ends with a code of its own.
                 self._again(job.stage, 0.0, "more hosts are there")
             else:
                 self._mend(job, ended)

@@ -22,6 +22,7 @@ SSH = "STRETTO_SSH"
 OPTIONS = {
     "BatchMode": "yes",  # a question would wait for an answer for ever
     "ConnectTimeout": "10",
+    "ControlPath": "none",  # a connection that is shared would be lost for all at once
     "ServerAliveInterval": "4",
     "ServerAliveCountMax": "3",
 }

@@ -47,9 +47,12 @@ def listen(address: str, any_port: bool = False) -> socket.socket:
 
 
 def greet(listening: socket.socket, name: str) -> None:
-    """Tells all who come who is here."""
+    """Tells all who come who is here, until it is closed."""
     while True:
-        connection, _ = listening.accept()
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return
         with connection, contextlib.suppress(OSError):
             connection.sendall(name.encode())
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.lock import PATIENCE
 from launcher.hosts import LOCALHOST, Host, crossing, is_here
 from launcher.placement import Part, Share, count
 from model.errors import UserError
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
 PORTS = range(20_000, 30_000)
 """Below those that the kernel gives out by itself."""
-PATIENCE = "STRETTO_PATIENCE"
-"""Seconds that a training waits for the lock of its stage: a lost host's lock is given back some time after its end."""
 LOCK_SECONDS = 120
+"""That a training which is started again waits for the lock of its stage."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from launcher.placement import PlacementConfig
 from launcher.recipe_checks import check
 from launcher.recipe_errors import plain_lines
 from launcher.restarts import RestartsConfig
+from launcher.slurm_config import SlurmConfig
 from model.config import STAGES, Config, EncodersConfig, QuantizersConfig, SamplingConfig
 from model.errors import UserError, nearest
 from trainer.config import StageConfig
@@ -56,6 +57,7 @@ class Recipe(Config):
     restarts: RestartsConfig = RestartsConfig()
     environment: list[str] = Field([])
     """Names of further variables that cross from here to every host."""
+    slurm: SlurmConfig = SlurmConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
     fitted_from: str | None = None
     """Another run, whose codec, embedding and quantizers are taken over in place of fitting them here: the tokens of

@@ -17,7 +17,7 @@ from launcher.placement import Part, Places, Share, counts, in_words, parse_shar
 from launcher.placement import count as count_of
 from launcher.preflight import returned
 from launcher.processes import Machine, ranks
-from launcher.recipe import Recipe
+from launcher.recipe import RECIPE, Recipe
 from launcher.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class HostRoom:
 
     def _look(self, host: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            module_on(host, "launcher.host_report", "--run", str(self._run)),
+            module_on(host, "launcher.host_report", "--run", str(self._run), "--marker", RECIPE),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # a line: less than a pipe holds
             stderr=subprocess.DEVNULL,
@@ -168,7 +168,7 @@ class HostRoom:
         said = look.stdout.read().decode(errors="replace")
         look.stdout.close()
         known = next(one for one in self._hosts if one.name == host)
-        problems = returned(known, said, report(self._run))
+        problems = returned(known, said, report(self._run, RECIPE))
         if problems and host not in self._refused:
             self._refused.add(host)
             log.warning("%s is back but cannot take part: %s", host, "; ".join(problems))

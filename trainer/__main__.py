@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import faulthandler
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.lock import locked
+from data.lock import PATIENCE, locked
 from data.processes import die_with_parent, fail, plain_errors
 from model.errors import UserError
 from trainer import stopping
@@ -118,7 +119,7 @@ def the_only_job(folder: Path) -> Iterator[None]:
         problem: list[str | None] = [None]
         if distributed.get_rank() == 0:
             try:
-                held.enter_context(locked(folder))
+                held.enter_context(locked(folder, float(os.environ.get(PATIENCE, "0"))))
             except UserError as error:
                 problem = [str(error)]
         distributed.broadcast_object_list(problem)

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
+from data.lock import PATIENCE
 from launcher.backends import Job
 from launcher.kubernetes_config import KubernetesConfig
-from launcher.processes import LOCK_SECONDS, PATIENCE
+from launcher.processes import LOCK_SECONDS
 from model.errors import UserError
 from trainer.exit_codes import DIVERGED, SAVED
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -30,6 +31,18 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path):
     (tmp_path / LOCK).write_text('{"host": "elsewhere", "pid": 7, "since": 0}')
     with locked(tmp_path):
         pass
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    """As by a training that is started again when its host was lost."""
+    context = multiprocessing.get_context("spawn")
+    ready, child = context.Event(), context.Value("i")
+    holder = context.Process(target=hold_with_a_child, args=(tmp_path, ready, child))
+    holder.start()
+    assert ready.wait(PATIENCE)
+    threading.Timer(0.5, holder.kill).start()
+    with locked(tmp_path, patience=PATIENCE):
+        os.kill(child.value, signal.SIGKILL)
 
 
 def test_a_killed_holder_holds_nobody_up_though_a_process_it_forked_lives_on(tmp_path):

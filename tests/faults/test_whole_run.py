@@ -3,6 +3,7 @@ half there."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -36,24 +37,29 @@ def processes_of(run):
     return [process for process in found if process.pid != os.getpid()]
 
 
-def state(run, stage):
+def entry_of(run, stage):
     try:
-        return json.loads((run / "state.json").read_text())["stages"][stage]["state"]
-    except (FileNotFoundError, KeyError):
-        return None
+        return json.loads((run / "state.json").read_text())["stages"].get(stage, {})
+    except FileNotFoundError:
+        return {}
 
 
-def kill_in(run, stage):
-    """Starts the run, kills its launcher soon after `stage` has started, and checks what is left."""
+def kill_in(run, stage, supervisor=True):
+    """Starts the run, kills its launcher soon after `stage` has started, with the supervisor of the stage's job unless
+    that is to go on alone, and checks what is left."""
     process = start(run)
     deadline = time.monotonic() + TIMEOUT
-    while state(run, stage) != "running":
+    while not (entry := entry_of(run, stage)).get("job") or entry["state"] != "running":
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{stage} never started"
         time.sleep(0.01)
     time.sleep(6 if stage in ("semantic", "coarse", "fine") else 0.5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    if not supervisor:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(entry["job"].split(":")[2]), signal.SIGKILL)
     while processes_of(run):
         assert time.monotonic() < deadline, processes_of(run)
         time.sleep(0.1)
@@ -84,12 +90,25 @@ def finish(run):
 
 @pytest.mark.faults
 def test_killed_in_every_stage(tmp_path, table):
-    run, kind = tmp_path / "run", "SIGKILL of the launcher in a stage of a whole run"
+    run, kind = tmp_path / "run", "SIGKILL of the launcher and the supervisor in a stage of a whole run"
     for stage in STAGES:
         table.tried(kind)
         kill_in(run, stage)
         table.survived(kind)
     finish(run)
+
+
+@pytest.mark.faults
+def test_taken_over_in_every_stage(tmp_path, table):
+    """What ran when its launcher was killed is not started again."""
+    run, kind = tmp_path / "run", "SIGKILL of the launcher alone in a stage of a whole run"
+    for stage in STAGES:
+        table.tried(kind)
+        kill_in(run, stage, supervisor=False)
+        table.survived(kind)
+    finish(run)
+    for stage in STAGES:
+        assert (run / "logs" / f"{stage}.log").read_text().count(f" localhost: {sys.prefix}") == 1
 
 
 @pytest.mark.faults

@@ -1,0 +1,129 @@
+"""What Slurm is asked for, and what of it is found to be wrong before anything is submitted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from slurm_cluster import missing, slurm_cluster
+
+from launcher.backends import Job
+from launcher.backends.slurm import Slurm
+from launcher.backends.slurm_commands import tasks_per_node
+from launcher.graph import stage_named
+from launcher.recipe import load_recipe
+from launcher.slurm_config import minutes
+from model.errors import UserError
+
+GOLDEN = ROOT / "tests" / "golden"
+GPUS = [
+    "stage_defaults.train.global_batch=64", "stages.coarse.train.ranks=16", "slurm.partition=gpu",
+    "slurm.account=music", "slurm.qos=long", "slurm.constraint=h100&ib", "slurm.time=24h", "slurm.nodes=2",
+    "slurm.gpus_per_node=8", "slurm.cpus_per_task=12", "slurm.mem=900G", "slurm.options=[--exclusive]",
+    "slurm.setup=[module load cuda/12.4, export NCCL_DEBUG=WARN]",
+]  # fmt: skip
+
+
+def script(stage, run, *overrides, after=()):
+    recipe = load_recipe("quickstart", overrides)
+    backend, stage = Slurm(Path(run), recipe.slurm), stage_named(stage)
+    share = backend.shares(recipe, [stage])[stage.name]
+    text = backend.script(Job(Path(run), recipe, stage, share, after=after))
+    return text.replace(sys.executable, "PYTHON")
+
+
+def test_the_script_of_a_job():
+    coarse = script("coarse", "/shared/my runs/100%", *GPUS, after=("41", "42"))
+    assert coarse == (GOLDEN / "slurm-coarse.sbatch").read_text()
+    assert script("corpus", "/shared/run") == (GOLDEN / "slurm-corpus.sbatch").read_text()
+
+
+def test_ranks_are_spread_over_nodes():
+    quantizers = script("quantizers", "/run", *GPUS)
+    assert "--ntasks=16\n" in quantizers  # all that there is room for
+    assert "--nodes=2\n#SBATCH --ntasks=2\n" in script("semantic", "/run", "slurm.nodes=2")
+    embedding = script("embedding", "/run", *GPUS)
+    assert "--gpus-per-node=1\n" in embedding
+    with pytest.raises(UserError, match="16"):
+        script("coarse", "/run", *GPUS, "slurm.nodes=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90m", 90), ("2d", 2880), ("1:30", 2), ("24:00:00", 1440), ("2-12", 3600), ("1-00:30", 1470)],
+)
+def test_time_limits(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("value", ["3600", "1:00:00", "soon"])  # YAML reads the second as the first
+def test_a_time_limit_that_could_be_misread_is_refused(value):
+    with pytest.raises(UserError, match=r"slurm\.time.*24h"):
+        load_recipe("quickstart", [f"slurm.time={value}"])
+
+
+def test_an_option_stays_on_its_line():
+    with pytest.raises(UserError, match=r"slurm\.account"):
+        load_recipe("quickstart", ['slurm.account="a\\nrm -r /"'])
+
+
+def test_tasks_of_nodes():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := missing():
+        pytest.skip(reason)
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+def refused(cluster, tmp_path, *overrides):
+    command = [sys.executable, ROOT / "tests" / "run_on_slurm.py", "quickstart", tmp_path / "run", *overrides]
+    done = cluster.run(*command, code=2, env={"PYTHONPATH": str(ROOT)})
+    assert "Traceback" not in done.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
+    return done.stderr
+
+
+WRONG = {
+    "slurm.partition=man": ["no partition 'man'", "main"],
+    "slurm.partition=single": ["slurm.account", "lab"],
+    "slurm.time=2h": ["slurm.time", "1:00:00"],
+    "slurm.nodes=3 slurm.tasks_per_node=1 placement.coarse=3 stage_defaults.train.global_batch=48": ["3 nodes"],
+    "slurm.gpus_per_node=4 placement.coarse=4": ["4 GPUs", "have 2"],
+    "slurm.cpus_per_task=3": ["6 CPUs", "have 4"],
+    "slurm.mem=1T": ["1048576 MB of memory", "have 8000"],
+    "slurm.options=[--licenses=matlab]": ["license"],
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_what_the_cluster_does_not_have_is_named(cluster, tmp_path, overrides):
+    said = refused(cluster, tmp_path, *overrides.split())
+    for part in WRONG[overrides]:
+        assert part.lower() in said.lower()
+
+
+def test_all_that_is_wrong_is_named_at_once(cluster, tmp_path):
+    said = refused(cluster, tmp_path, "slurm.partition=single", "slurm.time=2h", "slurm.gpus_per_node=3")
+    assert len([line for line in said.splitlines() if "slurm." in line]) == 3
+
+
+def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    recipe = load_recipe("quickstart")
+    with pytest.raises(UserError, match="login node"):
+        Slurm(tmp_path, recipe.slurm).check(recipe, [stage_named("corpus")])
+
+
+def test_a_cluster_that_does_not_answer_is_not_a_job_that_has_ended(tmp_path, cluster):
+    ask = "from launcher.backends.slurm import Slurm; print(Slurm(None, None).poll('7'))"
+    broken = tmp_path / "slurm.conf"
+    text = (cluster.folder / "slurm.conf").read_text()
+    broken.write_text(text.replace("SlurmctldHost=", "SlurmctldPort=6999\nMessageTimeout=2\nSlurmctldHost="))
+    env = {"PYTHONPATH": str(ROOT), "SLURM_CONF": str(broken)}
+    assert "UserError" in cluster.run(sys.executable, "-c", ask, env=env, code=1).stderr

@@ -1,0 +1,190 @@
+"""Whole runs on a real Slurm of two nodes: as dependent jobs, cancelled, out of time, and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+
+import psutil
+import pytest
+from helpers import ROOT
+from ranks import run_ranks
+from slurm_cluster import missing, slurm_cluster
+from small_runs import CLIP, SMALL
+
+from launcher.run_folder import read_state
+from model import artifact
+from trainer.__main__ import train
+
+pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(600)]
+
+ONE_RANK = [f"stages.{stage}.train.ranks=1" for stage in ("semantic", "fine")]
+RECIPE = ["quickstart", "data.clips=60", *CLIP, *SMALL, *ONE_RANK, "slurm.nodes=2", "slurm.time=30m"]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TRAINED = ("semantic", "coarse", "fine")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+def submit(cluster, run, *overrides, code=0):
+    """`stretto run --slurm`; returns what it prints."""
+    recipe, *first = RECIPE
+    options = [word for word in overrides if word.startswith("--")]
+    changed = [word for word in overrides if not word.startswith("--")]
+    command = [sys.executable, ROOT / "tests" / "run_on_slurm.py", recipe, run, *options, *first, *changed]
+    done = cluster.run(*command, code=code, env=ENVIRONMENT)
+    return done.stdout + done.stderr
+
+
+def jobs(cluster):
+    """What squeue says of every job that it knows: {name: state}, of the newest of a name."""
+    listed = cluster.run("squeue", "--noheader", "--states=all", "--sort=i", "--format=%j %T").stdout
+    return dict(line.split() for line in listed.splitlines())
+
+
+def entry(run, stage):
+    return read_state(run)["stages"].get(stage, {})
+
+
+def wait_until(cluster, condition, timeout=240):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{jobs(cluster)}\n{cluster.logs()}"
+        time.sleep(0.5)
+
+
+def ended(run, stage):
+    return entry(run, stage).get("state") in ("done", "failed", "interrupted")
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, tmp_path_factory):
+    """A run of which one training was cancelled by scancel and one was told to stop, and that was then gone on with."""
+    run = tmp_path_factory.mktemp("run") / "a run of 100%"
+    printed = submit(cluster, run)
+    for name in entry(run, "bundle")["made_from"]["inputs"]:
+        assert entry(run, name)["job"] in printed
+    assert {"quickstart-corpus", "quickstart-semantic", "quickstart-bundle"} <= jobs(cluster).keys()
+    assert entry(run, "coarse")["job"] in printed
+    wait_until(cluster, lambda: all(entry(run, stage)["state"] == "running" for stage in TRAINED))
+    first = {stage: entry(run, stage)["job"] for stage in TRAINED}
+    cluster.run("scancel", first["coarse"])
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    wait_until(cluster, lambda: jobs(cluster)["quickstart-bundle"] == "CANCELLED")
+    again = submit(cluster, run)
+    second = {stage: entry(run, stage)["job"] for stage in TRAINED}
+    wait_until(cluster, lambda: jobs(cluster)["quickstart-samples"] not in ("PENDING", "RUNNING", "COMPLETING"))
+    return run, first, second, again
+
+
+def test_a_recipe_becomes_dependent_jobs_and_a_bundle(finished):
+    run, *_ = finished
+    assert artifact.problems(artifact.read(run / "bundle", "bundle")) == []
+    assert json.loads((run / "report.json").read_text())["corpus"]["clips"] == 60
+    stages = read_state(run)["stages"]
+    assert {stage["state"] for stage in stages.values()} == {"done"}
+    assert stages["coarse"]["hosts"] == "alpha:0 beta:0"
+    assert stages["tokens"]["hosts"] == "alpha:0 beta:0"
+
+
+def test_a_cancelled_stage_is_submitted_again_and_what_lives_is_left_alone(finished):
+    _, first, second, again = finished
+    assert second["coarse"] != first["coarse"]
+    assert (second["semantic"], second["fine"]) == (first["semantic"], first["fine"])
+    assert "corpus" not in again
+
+
+def test_what_is_up_to_date_is_not_submitted(cluster, finished):
+    run, *_ = finished
+    before = len(jobs(cluster))
+    submit(cluster, run)
+    assert len(jobs(cluster)) == before
+
+
+def coarse_again(run, folder):
+    """A copy of a finished run that is to train its coarse stage anew."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("coarse", "coarse.*"))
+    return folder
+
+
+def uninterrupted(run, folder):
+    """The digest of the coarse weights when the same is trained without Slurm."""
+    coarse_again(run, folder)
+    (folder / "coarse").mkdir()
+    shutil.copy(run / "coarse" / "stage.json", folder / "coarse")
+    run_ranks(train, 2, folder.parent / "ranks", folder, "coarse", timeout=240)
+    return artifact.file_digest(folder / "coarse" / "model.safetensors")
+
+
+def saved(run):
+    return list((run / "coarse" / "checkpoints").glob("step-*"))
+
+
+def ranks_of(run):
+    """The processes that train."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if words[1:3] == ["-m", "launcher.slurm_rank"] and str(run) in words:
+                yield process
+
+
+def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_path):
+    """The ranks are held until the signal has come, so that the training does not end before."""
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=200", "checkpoint_every=5", "validate_every=100")]
+    submit(cluster, run, "--only=coarse", *keys, "slurm.signal_seconds=10")
+    job = entry(run, "coarse")["job"]
+    wait_until(cluster, lambda: saved(run))
+    for process in ranks_of(run):
+        process.suspend()
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    expected = uninterrupted(run, tmp_path / "alone")
+    log = run / "logs" / "coarse.log"
+    wait_until(cluster, lambda: "its time is nearly up" in log.read_text())
+    for process in ranks_of(run):
+        process.resume()
+    wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    found = entry(run, "coarse")
+    assert (found["state"], found["job"], found["restarts"]) == ("done", job, 1), log.read_text()
+    assert "resumed at step" in log.read_text()
+    assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
+
+
+@pytest.mark.faults
+def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
+    """A more urgent job takes both nodes; ranks get some seconds."""
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=5", "validate_every=1000")]
+    submit(cluster, run, "--only=coarse", *keys)
+    wait_until(cluster, lambda: saved(run))
+    cluster.run("srun", "--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "true")
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    found = entry(run, "coarse")
+    assert (found["state"], found["restarts"]) == ("done", 1), (run / "logs" / "coarse.log").read_text()
+    expected = uninterrupted(run, tmp_path / "alone")
+    assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
+
+
+@pytest.mark.faults
+def test_a_stage_that_is_stopped_saves_and_is_not_put_back(cluster, finished, tmp_path):
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=1000", "validate_every=1000")]
+    submit(cluster, run, "--only=coarse", *keys)
+    metrics = run / "coarse" / "metrics.jsonl"
+    wait_until(cluster, lambda: metrics.exists() and '"train"' in metrics.read_text())
+    stop = "from launcher.backends.slurm import Slurm; import sys; Slurm(None, None).cancel(sys.argv[1])"
+    cluster.run(sys.executable, "-c", stop, entry(run, "coarse")["job"], env=ENVIRONMENT)
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    assert entry(run, "coarse")["state"] == "interrupted"
+    wait_until(cluster, lambda: jobs(cluster)["quickstart-coarse"] == "FAILED")
+    assert len(saved(run)) == 1
