@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.lock import PATIENCE
 from data.processes import plain_errors
 from launcher.graph import Origin, stage_named
 from launcher.guard import environment
@@ -24,7 +23,6 @@ from launcher.job_record import read_job, record_job
 from launcher.node_ranks import rank_environments, run_ranks
 from launcher.outcome import not_made, why
 from launcher.placement import Part, in_words
-from launcher.processes import LOCK_SECONDS
 from launcher.run_folder import read_state
 from launcher.stage import Stage
 from model.errors import UserError
@@ -95,7 +93,7 @@ def make(pod: Pod) -> int:
     pod.say(state="running", error=None, started=started, hosts=hosts, restarts=restarts)
     code, output = attempt(pod)
     finished = time.time()
-    pod.say(finished=finished, seconds=round(before + finished - started, 3))
+    pod.say(code=code, finished=finished, seconds=round(before + finished - started, 3))
     return conclude(pod, code, output)
 
 
@@ -103,7 +101,7 @@ def attempt(pod: Pod) -> tuple[int, str]:
     """The code of the ranks of this node, and what they have printed."""
     master, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     await_name(master)
-    base = environment({"environment": {"PYTHONUNBUFFERED": "1", PATIENCE: str(LOCK_SECONDS)}, "sharers": pod.ranks})
+    base = environment({"environment": {"PYTHONUNBUFFERED": "1"}, "sharers": pod.ranks})
     environments = rank_environments(base, pod.node, pod.nodes, pod.ranks, master, port)
     module = "trainer" if pod.stage.trained else "launcher.worker"
     command = [sys.executable, "-m", module, "--run", str(pod.run), "--stage", pod.stage.name]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.backends import Job
@@ -27,7 +27,10 @@ from launcher.backends.kubernetes_manifests import (
 from launcher.hosts import Host
 from launcher.job_record import JOBS, read_job
 from launcher.kubernetes_config import KubernetesConfig
+from launcher.placement import Places, Share, shares
+from launcher.recipe import Recipe
 from launcher.restarts import Ended
+from launcher.stage import Stage
 from model.errors import UserError
 from trainer.exit_codes import FAULT, SAVED
 
@@ -41,19 +44,6 @@ CHATTER = re.compile(r"[IWEF]\d{4} |Warning: ")
 """How the lines begin that kubectl logs."""
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What was given to the cluster."""
-
-    handles: dict[str, str]
-    """Of each stage."""
-    manifest: Path
-    command: tuple[str, ...]
-    """What gives it to the cluster."""
-    applied: bool
-    """False where there is no kubectl: the command is to be run elsewhere."""
-
-
 class Kubernetes:
     """Jobs of the run folder `run`. A handle is the name of a JobSet."""
 
@@ -62,59 +52,88 @@ class Kubernetes:
     def __init__(self, run: Path, config: KubernetesConfig) -> None:
         self._run = run.absolute()
         self._config = config
+        self._jobs: list[Job] = []
+        """Those of a submission that has not been given to the cluster yet."""
 
-    def hosts(self) -> list[Host]:
-        """The nodes a stage may take, for `launcher.placement`; the cluster alone knows which they are."""
-        return [Host(f"node-{number}", self._config.gpus_per_node) for number in range(self._config.nodes)]
+    def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
+        """How many ranks each stage has, on how many nodes; which nodes the cluster says. Raises UserError for what is
+        more than `kubernetes.nodes` have."""
+        hosts = [Host(f"node-{number}", self._config.gpus_per_node) for number in range(self._config.nodes)]
+        found = {}
+        for name, ranks in shares(recipe, hosts, stages).items():
+            share = Places(hosts).take([ranks])  # each job has pods of its own
+            assert share is not None  # `shares` has looked
+            found[name] = share
+        return found
 
-    def submit(self, job: Job) -> str:
-        return self.submit_all([job]).handles[job.stage.name]
-
-    def submit_all(self, jobs: Sequence[Job]) -> Submission:
-        """Gives the cluster `jobs`, in the order of their stages, whose dependencies it then looks after itself.
-
-        Raises UserError where the cluster refuses them; nothing runs then.
-        """
-        self.check(jobs)
-        name = self._next_name(jobs)
-        manifest = self._run / JOBS / f"{name}.yaml"
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(dump(workflow(jobs, name, self._config)), encoding="utf-8")
-        command = (*self._kubectl(), "apply", "-f", str(manifest))
-        applied = shutil.which("kubectl") is not None
-        if applied:
-            self._ask("apply", "-f", str(manifest))
-        handles = {job.stage.name: jobset_name(name, job.stage.name) for job in jobs}
-        return Submission(handles, manifest, command, applied)
-
-    def dry_run(self, jobs: Sequence[Job]) -> str:
-        """What `submit_all` would give the cluster."""
-        self._check_config(jobs)
-        return dump(workflow(jobs, self._next_name(jobs), self._config))
-
-    def check(self, jobs: Sequence[Job]) -> None:
+    def check(self, recipe: Recipe, stages: Sequence[Stage]) -> None:
         """Raises UserError with all that is missing or wrong, as far as it can be known before a pod starts."""
-        self._check_config(jobs)
-        if shutil.which("kubectl") is None:
+        self._check_config()
+        taken = self.shares(recipe, stages)
+        if not self.reachable:
             return
-        known = self._ask("api-resources", "-o", "name").split()
-        engines = ENGINES | ({QUEUES: "Kueue (kubernetes.queue)"} if self._config.queue else {})
-        problems = [
-            f"the cluster has no {engine}: whoever runs it can install it (docs/kubernetes.md)."
-            for resource, engine in engines.items()
-            if resource not in known
-        ]
-        problems += self._missing(known)
+        problems = [*self._lacking(), *self._unfinished(recipe)]
         if not problems:
-            name = self._next_name(jobs)
-            manifests = [jobset(job, jobset_name(name, job.stage.name), self._config) for job in jobs]
-            text = dump(workflow(jobs, name, self._config), *manifests)
+            name = self._next_name(recipe)
+            jobs = [Job(self._run, recipe, stage, taken[stage.name]) for stage in stages]
+            sets = [jobset(job, jobset_name(name, job.stage.name), self._config) for job in jobs]
+            text = dump(workflow(jobs, name, self._config), *sets)
             done = self._try("apply", "--dry-run=server", "-f", "-", text=text)
             problems = _errors(done) if done.returncode else []
         if problems:
             raise UserError("\n".join(problems))
 
+    def script(self, job: Job) -> str:
+        """What the cluster is given of one job."""
+        name = jobset_name(self._next_name(job.recipe), job.stage.name)
+        return dump(jobset(job, name, self._config))
+
+    def whole(self, jobs: Sequence[Job]) -> str:
+        """What the cluster is given of all jobs, and all that it is given."""
+        self._check_config()
+        return dump(workflow(jobs, self._next_name(jobs[0].recipe), self._config))
+
+    def submit(self, job: Job) -> str:
+        """Puts a job with those before it; `start` gives them to the cluster."""
+        name = self._next_name(job.recipe)
+        others = set(job.after) - {jobset_name(name, other.stage.name) for other in self._jobs}
+        if others:
+            raise UserError(
+                f"{', '.join(sorted(others))} of an earlier command still runs: wait until it has ended, or "
+                f"`stretto stop {self._run}` lets it save and end."
+            )
+        self._jobs.append(job)
+        return jobset_name(name, job.stage.name)
+
+    def start(self) -> str | None:
+        """Gives the cluster what was submitted, whose dependencies it looks after from then on.
+
+        Where there is no kubectl, returns what the user is to do elsewhere. Raises UserError where the cluster refuses
+        it; nothing runs then.
+        """
+        jobs, self._jobs = self._jobs, []
+        if not jobs:
+            return None
+        name = self._next_name(jobs[0].recipe)
+        manifest = self._run / JOBS / f"{name}.yaml"
+        text = dump(workflow(jobs, name, self._config))
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(text, encoding="utf-8")
+        if self.reachable:
+            self._ask("apply", "-f", str(manifest))
+            return None
+        command = shlex.join([*self._kubectl(), "apply", "-f", str(manifest)])
+        return f"There is no kubectl here. Where there is one, this gives the run to the cluster: {command}"
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a kubectl to ask the cluster with."""
+        return shutil.which("kubectl") is not None
+
     def poll(self, handle: str) -> Ended | None:
+        said = read_job(self._run, stage_of(handle)) or {}
+        if said.get("job") == handle and said.get("state") == "done":
+            return Ended(0)
         found = self._get("jobset", handle)
         if found is None:
             return self._not_begun(handle)
@@ -137,30 +156,49 @@ class Kubernetes:
     def logs(self, handle: str) -> Path:
         return self._run / "logs" / f"{stage_of(handle)}.log"
 
-    def _check_config(self, jobs: Sequence[Job]) -> None:
+    def _check_config(self) -> None:
         config = self._config
         problems = []
         if config.image is None:
             problems.append("kubernetes.image is not set: build one from containers/Dockerfile, and name it.")
-        if not any(self._run.is_relative_to(PurePosixPath(folder)) for folder in config.volumes.values()):
+        if not any(self._run.is_relative_to(folder) for folder in config.volumes.values()):
             problems.append(
                 f"no volume of kubernetes.volumes holds {self._run}: name a claim that all nodes mount, such as "
                 f"kubernetes.volumes={{shared: {self._run.parent}}}, or choose a folder in one with -o."
             )
-        problems += [
-            f"the share of {job.stage.name} has another number of slots on each node: choose a multiple."
-            for job in jobs
-            if len({len(part.slots) for part in job.share}) > 1
-        ]
         if problems:
             raise UserError("\n".join(problems))
 
-    def _next_name(self, jobs: Sequence[Job]) -> str:
+    def _next_name(self, recipe: Recipe) -> str:
         """Of a submission: objects of earlier ones may still be there."""
-        number = 1
-        while (self._run / JOBS / f"{(name := workflow_name(jobs[0].recipe.name, self._run, number))}.yaml").exists():
-            number += 1
-        return name
+        return workflow_name(recipe.name, self._run, self._submissions() + 1)
+
+    def _submissions(self) -> int:
+        """How many there were."""
+        numbers = (path.stem.rpartition("-")[2] for path in (self._run / JOBS).glob("*-*.yaml"))
+        return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+    def _lacking(self) -> list[str]:
+        """What the recipe needs and the cluster does not have."""
+        known = self._ask("api-resources", "-o", "name").split()
+        engines = ENGINES | ({QUEUES: "Kueue (kubernetes.queue)"} if self._config.queue else {})
+        problems = [
+            f"the cluster has no {engine}: whoever runs it can install it (docs/kubernetes.md)."
+            for resource, engine in engines.items()
+            if resource not in known
+        ]
+        return problems + self._missing(known)
+
+    def _unfinished(self, recipe: Recipe) -> list[str]:
+        """What the last submission of this run still works on: two must not make the same."""
+        name = workflow_name(recipe.name, self._run, self._submissions())
+        found = self._try("get", ",".join(ENGINES), "-l", f"app.kubernetes.io/instance={name}", "-o", "json")
+        if found.returncode or not any(map(_lives, json.loads(found.stdout)["items"])):
+            return []  # what is wrong with the cluster has been said
+        return [
+            f"{name}, which an earlier command gave to the cluster, still runs: wait until it has ended, or "
+            f"`stretto stop {self._run}` lets it save and end."
+        ]
 
     def _missing(self, known: Sequence[str]) -> list[str]:
         """What the recipe names and the cluster does not have. What may not be looked at is taken to be there."""
@@ -177,9 +215,6 @@ class Kubernetes:
 
     def _not_begun(self, handle: str) -> Ended | None:
         """Of a stage without a JobSet: it waits, or what it needs has failed, or the JobSet was deleted since."""
-        said = read_job(self._run, stage_of(handle)) or {}
-        if said.get("job") == handle and said.get("state") == "done":
-            return Ended(0)
         found = self._get("workflow", workflow_of(handle))
         if found is None:
             return Ended(SAVED)
@@ -228,6 +263,13 @@ class Kubernetes:
             raise UserError("kubectl is not installed here: it is what the cluster is asked by.") from None
         except subprocess.TimeoutExpired:
             raise UserError(f"the cluster has not answered for {KUBECTL_SECONDS} s: try again.") from None
+
+
+def _lives(found: Mapping[str, Any]) -> bool:
+    """Whether a Workflow or a JobSet has not ended, and is not being deleted."""
+    status = found.get("status", {})
+    ended = status.get("phase") in ENDED or status.get("terminalState")
+    return not ended and "deletionTimestamp" not in found["metadata"]
 
 
 def _errors(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from data.lock import PATIENCE
 from launcher.backends import Job
 from launcher.kubernetes_config import KubernetesConfig
+from launcher.processes import LOCK_SECONDS
 from model.errors import UserError
 from trainer.exit_codes import DIVERGED, SAVED
 
@@ -199,7 +201,9 @@ def _environment(name: str, nodes: int, config: KubernetesConfig) -> dict[str, s
     master = "127.0.0.1" if nodes == 1 else f"{name}-{NODE}-0-0.{name}"
     # With a user id of the cluster's there may be no home and no name, which caches ask for.
     own = {"HOME": "/tmp", "USER": "stretto", "OMP_NUM_THREADS": str(config.cpus)}
-    return {**own, **config.env, "MASTER_ADDR": master, "MASTER_PORT": str(PORT)}
+    # What it takes the place of may still be saving.
+    ranks = {"MASTER_ADDR": master, "MASTER_PORT": str(PORT), PATIENCE: str(config.grace_seconds + LOCK_SECONDS)}
+    return {**own, **config.env, **ranks}
 
 
 def _resources(ranks: int, config: KubernetesConfig) -> Manifest:

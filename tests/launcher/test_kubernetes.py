@@ -8,11 +8,15 @@ import shutil
 import pytest
 import yaml
 from kubernetes_api import Cluster
-from kubernetes_jobs import config, jobs
+from kubernetes_jobs import config, share
 
+from launcher.backends import Job
 from launcher.backends.kubernetes import Kubernetes
+from launcher.graph import stage_named
 from launcher.job_record import record_job
+from launcher.recipe import load_recipe
 from launcher.restarts import Ended
+from launcher.stages import STAGES
 from model.errors import UserError
 from trainer.exit_codes import DIVERGED, FAULT, SAVED
 
@@ -39,28 +43,54 @@ def backend(tmp_path):
 
 
 def kubernetes(folder, **keys):
-    return Kubernetes(folder / "run", config(volumes={"shared": str(folder)}, **keys))
+    return Kubernetes(folder / "run", config(**{"volumes": {"shared": str(folder)}, "nodes": 2, **keys}))
+
+
+def submit(backend, folder, stages=STAGES):
+    """Submits stages as a launcher does, and returns their handles."""
+    recipe = load_recipe("quickstart")
+    backend.check(recipe, stages)
+    taken, handles = backend.shares(recipe, stages), {}
+    for stage in stages:
+        after = tuple(handles[need] for need in stage.needs if need in handles)
+        handles[stage.name] = backend.submit(Job(folder / "run", recipe, stage, taken[stage.name], after=after))
+    backend.start()
+    return handles
+
+
+def workflows(cluster):
+    return [found for (kind, _), found in cluster.objects.items() if kind == "workflows"]
 
 
 def test_a_run_is_given_to_the_cluster_as_one_workflow(cluster, backend, tmp_path):
-    given = backend.submit_all(jobs(tmp_path / "run"))
-    assert given.applied
-    name = given.handles["coarse"].removesuffix("-coarse")
-    applied = cluster.objects["workflows", name]
-    written = yaml.safe_load(given.manifest.read_text())
-    assert applied["spec"] == written["spec"]
-    assert applied["metadata"]["namespace"] == "team"
-    # The same run once more, as after a failure: what the cluster remembers of the first does not stand in its way.
-    again = backend.submit_all(jobs(tmp_path / "run")[6:8])
-    assert set(again.handles) == {"coarse", "fine"}
-    assert not set(again.handles.values()) & set(given.handles.values())
+    handles = submit(backend, tmp_path)
+    (given,) = workflows(cluster)
+    name = given["metadata"]["name"]
+    assert handles["coarse"] == f"{name}-coarse"
+    assert given["spec"] == yaml.safe_load((tmp_path / "run" / "jobs" / f"{name}.yaml").read_text())["spec"]
+    assert given["metadata"]["namespace"] == "team"
+
+
+def test_a_run_that_still_works_is_not_given_to_the_cluster_again(cluster, backend, tmp_path):
+    first = submit(backend, tmp_path)
+    (given,) = workflows(cluster)
+    later = [stage_named("coarse"), stage_named("fine")]
+    with pytest.raises(UserError, match=f"{given['metadata']['name']}, which an earlier command gave"):
+        submit(backend, tmp_path, later)
+    with pytest.raises(UserError, match="still runs: wait until it has ended"):
+        backend.submit(Job(tmp_path / "run", load_recipe("quickstart"), later[0], share(1, 1), after=("run-1-codec",)))
+    given["status"] = {"phase": "Failed"}
+    # What the cluster remembers of the first does not stand in the way of the second.
+    second = submit(backend, tmp_path, later)
+    assert set(second) == {"coarse", "fine"}
+    assert not set(second.values()) & set(first.values())
 
 
 def test_all_that_the_cluster_lacks_is_said_at_once_and_nothing_is_given_to_it(cluster, tmp_path):
     del cluster.kinds["argoproj.io/v1alpha1"]
     wanted = kubernetes(tmp_path, secrets=["hub"], service_account="trainer", queue="team", priority_class="high")
     with pytest.raises(UserError) as caught:
-        wanted.submit_all(jobs(tmp_path / "run"))
+        submit(wanted, tmp_path)
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     for words in (
@@ -71,32 +101,44 @@ def test_all_that_the_cluster_lacks_is_said_at_once_and_nothing_is_given_to_it(c
         '"high" not found',
     ):
         assert any(words in line for line in lines), words
-    assert not [kind for kind, _ in cluster.objects if kind == "workflows"]
+    assert not workflows(cluster)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_the_cluster_refuses_is_said_in_its_words(cluster, tmp_path):
     with pytest.raises(UserError, match='namespaces "other" not found'):
-        kubernetes(tmp_path, namespace="other").check(jobs(tmp_path / "run"))
+        submit(kubernetes(tmp_path, namespace="other"), tmp_path)
     with pytest.raises(UserError, match='context "elsewhere" does not exist'):
-        kubernetes(tmp_path, context="elsewhere").check(jobs(tmp_path / "run"))
+        submit(kubernetes(tmp_path, context="elsewhere"), tmp_path)
     cluster.stop()
     with pytest.raises(UserError, match="was refused"):
-        kubernetes(tmp_path).check(jobs(tmp_path / "run"))
+        submit(kubernetes(tmp_path), tmp_path)
+
+
+def test_stages_get_the_nodes_that_placement_says_and_no_more(tmp_path):
+    recipe = load_recipe("quickstart", ["placement.coarse=2 nodes", "stages.coarse.train.global_batch=32"])
+    backend = kubernetes(tmp_path, gpus_per_node=4)
+    taken = backend.shares(recipe, STAGES)
+    assert [len(part.slots) for part in taken["coarse"]] == [4, 4]
+    assert [len(part.slots) for part in taken["corpus"]] == [1]
+    with pytest.raises(UserError, match=r"placement\.coarse asks for 2 nodes"):
+        kubernetes(tmp_path, nodes=1).shares(recipe, STAGES)
 
 
 def test_without_kubectl_the_manifest_is_left_with_the_command(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    given = backend.submit_all(jobs(tmp_path / "run"))
-    assert not given.applied
-    assert yaml.safe_load(given.manifest.read_text())["kind"] == "Workflow"
-    assert given.command == ("kubectl", "--namespace", "team", "apply", "-f", str(given.manifest))
+    recipe, corpus = load_recipe("quickstart"), stage_named("corpus")
+    handle = backend.submit(Job(tmp_path / "run", recipe, corpus, share(1, 1)))
+    said = backend.start()
+    (manifest,) = (tmp_path / "run" / "jobs").glob("*.yaml")
+    assert said.endswith(f": kubectl --namespace team apply -f {manifest}")
+    assert yaml.safe_load(manifest.read_text())["kind"] == "Workflow"
     with pytest.raises(UserError, match="kubectl is not installed here"):
-        backend.poll(given.handles["coarse"])
+        backend.poll(handle)
 
 
 def test_a_stage_is_watched_from_waiting_to_its_end(cluster, backend, tmp_path):
-    handle = backend.submit_all(jobs(tmp_path / "run")).handles["coarse"]
+    handle = submit(backend, tmp_path)["coarse"]
     assert backend.poll(handle) is None  # no JobSet yet
     cluster.add("jobsets", handle, status={})
     assert backend.poll(handle) is None
@@ -116,7 +158,7 @@ def test_a_stage_is_watched_from_waiting_to_its_end(cluster, backend, tmp_path):
 def test_a_stage_whose_inputs_failed_has_ended_and_one_the_cluster_forgot_is_as_its_pods_said(
     cluster, backend, tmp_path
 ):
-    handles = backend.submit_all(jobs(tmp_path / "run")).handles
+    handles = submit(backend, tmp_path)
     workflow = ("workflows", handles["bundle"].removesuffix("-bundle"))
     nodes = {"1": {"displayName": "coarse", "phase": "Failed"}, "2": {"displayName": "bundle", "phase": "Omitted"}}
     cluster.objects[workflow]["status"] = {"phase": "Running", "nodes": nodes}
@@ -129,7 +171,7 @@ def test_a_stage_whose_inputs_failed_has_ended_and_one_the_cluster_forgot_is_as_
 
 
 def test_a_stage_is_let_save_or_ended_at_once_and_one_that_waits_does_not_begin(cluster, backend, tmp_path):
-    handles = backend.submit_all(jobs(tmp_path / "run")).handles
+    handles = submit(backend, tmp_path)
     for stage in ("coarse", "fine"):
         cluster.add("jobsets", handles[stage])
         cluster.add("pods", f"{stage}-pod", metadata={"labels": {JOBSET: handles[stage]}})
