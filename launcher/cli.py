@@ -74,9 +74,7 @@ def run(
     ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit a Slurm job for each stage.")] = False,
     kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Submit to a Kubernetes cluster.")] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="With --slurm or --kubernetes: until all has ended.")
-    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="With --slurm or --kubernetes: until all has ended.")] = False,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help="Only this stage; repeats.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be built and why, and what would be executed, and stop.")

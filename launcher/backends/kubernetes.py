@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,11 @@ class Kubernetes:
     """Jobs of the run folder `run`. A handle is the name of a JobSet."""
 
     name = "kubernetes"
+    joins = False
 
     def __init__(self, run: Path, config: KubernetesConfig) -> None:
         self._run = run.absolute()
         self._config = config
-        self._jobs: list[Job] = []
-        """Those of a submission that has not been given to the cluster yet."""
 
     def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
         """How many ranks each stage has, on how many nodes; which nodes the cluster says. Raises UserError for what is
@@ -66,16 +65,14 @@ class Kubernetes:
             found[name] = share
         return found
 
-    def check(self, recipe: Recipe, stages: Sequence[Stage]) -> None:
+    def check(self, jobs: Sequence[Job]) -> None:
         """Raises UserError with all that is missing or wrong, as far as it can be known before a pod starts."""
         self._check_config()
-        taken = self.shares(recipe, stages)
         if not self.reachable:
             return
-        problems = [*self._lacking(), *self._unfinished(recipe)]
+        problems = [*self._lacking(), *self._unfinished(jobs[0].recipe)]
         if not problems:
-            name = self._next_name(recipe)
-            jobs = [Job(self._run, recipe, stage, taken[stage.name]) for stage in stages]
+            name = self._next_name(jobs[0].recipe)
             sets = [jobset(job, jobset_name(name, job.stage.name), self._config) for job in jobs]
             text = dump(workflow(jobs, name, self._config), *sets)
             done = self._try("apply", "--dry-run=server", "-f", "-", text=text)
@@ -83,37 +80,22 @@ class Kubernetes:
         if problems:
             raise UserError("\n".join(problems))
 
-    def script(self, job: Job) -> str:
-        """What the cluster is given of one job."""
-        name = jobset_name(self._next_name(job.recipe), job.stage.name)
-        return dump(jobset(job, name, self._config))
-
-    def whole(self, jobs: Sequence[Job]) -> str:
+    def dry_run(self, jobs: Sequence[Job]) -> str:
         """What the cluster is given of all jobs, and all that it is given."""
         self._check_config()
-        return dump(workflow(jobs, self._next_name(jobs[0].recipe), self._config))
+        return dump(workflow(jobs, self._next_name(jobs[0].recipe), self._config)) if jobs else ""
 
     def submit(self, job: Job) -> str:
-        """Puts a job with those before it; `start` gives them to the cluster."""
-        name = self._next_name(job.recipe)
-        others = set(job.after) - {jobset_name(name, other.stage.name) for other in self._jobs}
-        if others:
-            raise UserError(
-                f"{', '.join(sorted(others))} of an earlier command still runs: wait until it has ended, or "
-                f"`stretto stop {self._run}` lets it save and end."
-            )
-        self._jobs.append(job)
-        return jobset_name(name, job.stage.name)
+        handles: list[str] = []
+        self.submit_all([job], lambda _, handle: handles.append(handle))
+        return handles[0]
 
-    def start(self) -> str | None:
-        """Gives the cluster what was submitted, whose dependencies it looks after from then on.
+    def submit_all(self, jobs: Sequence[Job], submitted: Callable[[str, str], None]) -> str | None:
+        """Gives the cluster `jobs`, whose dependencies it looks after from then on.
 
         Where there is no kubectl, returns what the user is to do elsewhere. Raises UserError where the cluster refuses
-        it; nothing runs then.
+        them; nothing runs then.
         """
-        jobs, self._jobs = self._jobs, []
-        if not jobs:
-            return None
         name = self._next_name(jobs[0].recipe)
         manifest = self._run / JOBS / f"{name}.yaml"
         text = dump(workflow(jobs, name, self._config))
@@ -121,6 +103,9 @@ class Kubernetes:
         manifest.write_text(text, encoding="utf-8")
         if self.reachable:
             self._ask("apply", "-f", str(manifest))
+        for job in jobs:
+            submitted(job.stage.name, jobset_name(name, job.stage.name))
+        if self.reachable:
             return None
         command = shlex.join([*self._kubectl(), "apply", "-f", str(manifest)])
         return f"There is no kubectl here. Where there is one, this gives the run to the cluster: {command}"

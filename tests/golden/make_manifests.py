@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).with_name("kubernetes-workflow.yaml")
 
 def manifest() -> str:
     given = [job for job in jobs() if job.stage.name in ("tokens", "coarse", "bundle")]
-    return Kubernetes(given[0].run, config(**WHOLE)).whole(given)
+    return Kubernetes(given[0].run, config(**WHOLE)).dry_run(given)
 
 
 if __name__ == "__main__":

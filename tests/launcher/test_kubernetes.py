@@ -12,6 +12,7 @@ from kubernetes_jobs import config, share
 
 from launcher.backends import Job
 from launcher.backends.kubernetes import Kubernetes
+from launcher.batch import jobs_for
 from launcher.graph import stage_named
 from launcher.job_record import record_job
 from launcher.recipe import load_recipe
@@ -48,13 +49,9 @@ def kubernetes(folder, **keys):
 
 def submit(backend, folder, stages=STAGES):
     """Submits stages as a launcher does, and returns their handles."""
-    recipe = load_recipe("quickstart")
-    backend.check(recipe, stages)
-    taken, handles = backend.shares(recipe, stages), {}
-    for stage in stages:
-        after = tuple(handles[need] for need in stage.needs if need in handles)
-        handles[stage.name] = backend.submit(Job(folder / "run", recipe, stage, taken[stage.name], after=after))
-    backend.start()
+    jobs, handles = jobs_for(load_recipe("quickstart"), folder / "run", stages, backend, {}), {}
+    backend.check(jobs)
+    assert backend.submit_all(jobs, handles.__setitem__) is None
     return handles
 
 
@@ -77,8 +74,6 @@ def test_a_run_that_still_works_is_not_given_to_the_cluster_again(cluster, backe
     later = [stage_named("coarse"), stage_named("fine")]
     with pytest.raises(UserError, match=f"{given['metadata']['name']}, which an earlier command gave"):
         submit(backend, tmp_path, later)
-    with pytest.raises(UserError, match="still runs: wait until it has ended"):
-        backend.submit(Job(tmp_path / "run", load_recipe("quickstart"), later[0], share(1, 1), after=("run-1-codec",)))
     given["status"] = {"phase": "Failed"}
     # What the cluster remembers of the first does not stand in the way of the second.
     second = submit(backend, tmp_path, later)
@@ -128,13 +123,13 @@ def test_stages_get_the_nodes_that_placement_says_and_no_more(tmp_path):
 def test_without_kubectl_the_manifest_is_left_with_the_command(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     recipe, corpus = load_recipe("quickstart"), stage_named("corpus")
-    handle = backend.submit(Job(tmp_path / "run", recipe, corpus, share(1, 1)))
-    said = backend.start()
+    handles = {}
+    said = backend.submit_all([Job(tmp_path / "run", recipe, corpus, share(1, 1))], handles.__setitem__)
     (manifest,) = (tmp_path / "run" / "jobs").glob("*.yaml")
     assert said.endswith(f": kubectl --namespace team apply -f {manifest}")
     assert yaml.safe_load(manifest.read_text())["kind"] == "Workflow"
     with pytest.raises(UserError, match="kubectl is not installed here"):
-        backend.poll(handle)
+        backend.poll(handles["corpus"])
 
 
 def test_a_stage_is_watched_from_waiting_to_its_end(cluster, backend, tmp_path):

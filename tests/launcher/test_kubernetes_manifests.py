@@ -28,7 +28,7 @@ LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 def made(given, **keys):
     """The Workflow as kubectl reads it, and the JobSets in it by their stages."""
-    workflow = yaml.safe_load(Kubernetes(given[0].run, config(**keys)).whole(given))
+    workflow = yaml.safe_load(Kubernetes(given[0].run, config(**keys)).dry_run(given))
     templates = {template["name"]: template for template in workflow["spec"]["templates"]}
     del templates["stages"]
     return workflow, {stage: yaml.safe_load(one["resource"]["manifest"]) for stage, one in templates.items()}
@@ -186,15 +186,7 @@ def test_an_image_by_its_digest_is_taken():
 def test_what_is_missing_from_the_recipe_is_said_at_once():
     given = jobs(Path("/home/me/run"))
     with pytest.raises(UserError) as caught:
-        Kubernetes(given[0].run, config(image=None)).whole(given)
+        Kubernetes(given[0].run, config(image=None)).dry_run(given)
     first, second = str(caught.value).splitlines()
     assert first.startswith("kubernetes.image is not set")
     assert second.startswith("no volume of kubernetes.volumes holds /home/me/run")
-
-
-def test_one_stage_can_be_looked_at_alone():
-    (job,) = [job for job in jobs() if job.stage.name == "coarse"]
-    found = yaml.safe_load(Kubernetes(job.run, config()).script(job))
-    assert found["kind"] == "JobSet"
-    assert found["metadata"]["labels"]["app.kubernetes.io/component"] == "coarse"
-    assert found["metadata"]["annotations"] == {"stretto/run": str(job.run)}

@@ -16,6 +16,7 @@ from slurm_cluster import missing, slurm_cluster
 from launcher.backends import Job
 from launcher.backends.slurm import Slurm
 from launcher.backends.slurm_commands import tasks_per_node
+from launcher.batch import jobs_for
 from launcher.graph import stage_named
 from launcher.recipe import load_recipe
 from launcher.slurm_config import minutes
@@ -120,8 +121,9 @@ def test_all_that_is_wrong_is_named_at_once(cluster, tmp_path):
 def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     recipe = load_recipe("quickstart")
+    backend = Slurm(tmp_path, recipe.slurm)
     with pytest.raises(UserError, match="login node"):
-        Slurm(tmp_path, recipe.slurm).check(recipe, [stage_named("corpus")])
+        backend.check(jobs_for(recipe, tmp_path, [stage_named("corpus")], backend, {}))
 
 
 def test_a_cluster_that_does_not_answer_is_not_a_job_that_has_ended(tmp_path, cluster):
