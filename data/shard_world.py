@@ -29,4 +29,4 @@ class JobWorld(World):
 
 def claim_world() -> None:
     """Lets streaming use it for every dataset that is opened from now on."""
-    streaming_dataset.World = JobWorld
+    streaming_dataset.World = JobWorld  # type: ignore[misc]
