@@ -19,8 +19,10 @@ ELSEWHERE = "192.0.2.1"
 
 
 def use_interface() -> str | None:
-    """Lets gloo and NCCL use the interface by which the job's master is reached, where the job has several nodes and
-    the environment does not say what to use. Returns its name where it was needed and found."""
+    """Lets gloo and NCCL use the interface by which the job's master is reached. Returns its name.
+
+    Where the job has one node, or the environment says what to use, or nothing is found, it changes nothing.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) <= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         return None
     unset = [name for name in (GLOO, NCCL) if not os.environ.get(name)]
@@ -31,8 +33,10 @@ def use_interface() -> str | None:
 
 
 def choose_interface(master: str) -> str | None:
-    """The name of the network interface by which `master` is reached. On the master itself, where its name may stand
-    for loopback, that by which other machines are."""
+    """The name of the network interface by which `master` is reached.
+
+    On the master itself its name may stand for loopback: then the interface by which other machines are reached.
+    """
     for target in (master, ELSEWHERE):
         for address in source_addresses(target):
             if not ipaddress.ip_address(address).is_loopback and (name := interface_of(address)):

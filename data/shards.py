@@ -19,6 +19,7 @@ from streaming.base.dataset import _ShardState
 
 from data.epochs import Epochs
 from data.shard_cache import InPlaceStream, fetches_at_once, largest_shard, open_stream
+from data.shard_world import claim_world
 from data.shared_names import claim_names
 from data.token_corpus import TokenCorpus
 from model.errors import UserError
@@ -72,6 +73,7 @@ class Shards(StreamingDataset):
         cache_limit: int | None = None,
     ) -> None:
         claim_names()
+        claim_world()
         streams = [open_stream(corpus, split, cache) for corpus in corpora]
         self.cut, self.epochs = cut, epochs
         self._origins = ["", *(f"{corpus.fingerprint} " for corpus in corpora[1:])]

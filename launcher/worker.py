@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.worker", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder made by `stretto run`")
     parser.add_argument("--stage", required=True, help="a stage that is not trained, such as corpus or tokens")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed command")
     arguments = parser.parse_args()
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
