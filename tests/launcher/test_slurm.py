@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import ROOT
+from rich.console import Console
 from slurm_cluster import missing, slurm_cluster
 
+from launcher import batch
 from launcher.backends import Job
 from launcher.backends.slurm import Slurm
 from launcher.backends.slurm_commands import tasks_per_node
@@ -20,6 +24,7 @@ from launcher.batch import jobs_for
 from launcher.graph import stage_named
 from launcher.recipe import load_recipe
 from launcher.slurm_config import minutes
+from launcher.stages import STAGES
 from model.errors import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -43,6 +48,16 @@ def test_the_script_of_a_job():
     coarse = script("coarse", "/shared/my runs/100%", *GPUS, after=("41", "42"))
     assert coarse == (GOLDEN / "slurm-coarse.sbatch").read_text()
     assert script("corpus", "/shared/run") == (GOLDEN / "slurm-corpus.sbatch").read_text()
+
+
+def test_a_dry_run_prints_the_jobs_and_submits_none(tmp_path):
+    recipe, printed = load_recipe("quickstart"), io.StringIO()
+    run = tmp_path / "run"
+    assert batch.run(recipe, run, Slurm(run, recipe.slurm), dry_run=True, console=Console(file=printed, width=80)) == 0
+    jobs = re.findall(r"(?m)^#SBATCH --job-name=quickstart-(\w+)$", printed.getvalue())
+    assert jobs == [stage.name for stage in STAGES]
+    assert "#SBATCH --dependency=afterok:quantizers:tokens\n" in printed.getvalue()
+    assert not run.exists()
 
 
 def test_ranks_are_spread_over_nodes():
