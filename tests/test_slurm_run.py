@@ -38,7 +38,7 @@ def submit(cluster, run, *overrides, code=0):
     recipe, *first = RECIPE
     options = [word for word in overrides if word.startswith("--")]
     changed = [word for word in overrides if not word.startswith("--")]
-    command = [sys.executable, ROOT / "tests" / "run_on_slurm.py", recipe, run, *options, *first, *changed]
+    command = [sys.executable, "-m", "launcher", "run", recipe, "-o", run, "--slurm", *options, *first, *changed]
     done = cluster.run(*command, code=code, env=ENVIRONMENT)
     return done.stdout + done.stderr
 
