@@ -65,8 +65,8 @@ def stage_named(name: str) -> Stage:
 
 
 def check_graph(graph: Sequence[Stage]) -> None:
-    """Raises UserError with every need that no stage makes, or that is not made before: stages are listed in an order in
-    which they can be built, so a circle shows as one of its needs."""
+    """Raises UserError with every need that no stage makes, or that is not made before: stages are listed in an order
+    in which they can be built, so a circle shows as one of its needs."""
     problems = []
     names = [stage.name for stage in graph]
     for place, stage in enumerate(graph):

@@ -39,7 +39,7 @@ def test_needs_that_nothing_makes_and_circles_are_named():
     with pytest.raises(UserError) as caught:
         check_graph(graph)
     assert str(caught.value).splitlines() == [
-        "stage 'tokens' needs 'corpsu', which there is not. Did you mean 'corpus'?",
+        "stage 'tokens' needs 'corpsu', which there is not. Did you mean corpus?",
         "stage 'tokens' needs 'coarse', which is not made before it: is it a circle?",
     ]
 
