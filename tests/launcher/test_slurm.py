@@ -102,7 +102,7 @@ def cluster(tmp_path_factory):
 
 
 def refused(cluster, tmp_path, *overrides):
-    command = [sys.executable, ROOT / "tests" / "run_on_slurm.py", "quickstart", tmp_path / "run", *overrides]
+    command = [sys.executable, "-m", "launcher", "run", "quickstart", "-o", tmp_path / "run", "--slurm", *overrides]
     done = cluster.run(*command, code=2, env={"PYTHONPATH": str(ROOT)})
     assert "Traceback" not in done.stderr
     assert cluster.run("squeue", "--noheader").stdout == ""
