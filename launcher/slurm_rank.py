@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from launcher.backends.slurm_commands import hostnames, tasks_per_node
@@ -22,8 +24,17 @@ def main() -> None:
     os.environ.update(environment(os.environ))
     if not gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    keep_tracker()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def keep_tracker() -> None:
+    """Starts Python's tracker of shared memory, deaf to SIGUSR1. Slurm sends that to all processes of a task, and a
+    tracker that is started again in the middle of things knows of nothing and fills the log with errors."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGUSR1, before)
 
 
 def environment(slurm: Mapping[str, str]) -> dict[str, str]:

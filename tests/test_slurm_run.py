@@ -22,7 +22,7 @@ from trainer.__main__ import train
 pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(600)]
 
 ONE_RANK = [f"stages.{stage}.train.ranks=1" for stage in ("semantic", "fine")]
-RECIPE = ["quickstart", "data.clips=60", *CLIP, *SMALL, *ONE_RANK, "slurm.nodes=2", "slurm.time=30m"]
+RECIPE = ["data.clips=60", *CLIP, *SMALL, *ONE_RANK, "slurm.nodes=2", "slurm.time=30m"]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TRAINED = ("semantic", "coarse", "fine")
 
@@ -33,14 +33,14 @@ def cluster(tmp_path_factory):
         yield started
 
 
-def submit(cluster, run, *overrides, code=0):
-    """`stretto run --slurm`; returns what it prints."""
-    recipe, *first = RECIPE
-    options = [word for word in overrides if word.startswith("--")]
-    changed = [word for word in overrides if not word.startswith("--")]
-    command = [sys.executable, "-m", "launcher", "run", recipe, "-o", run, "--slurm", *options, *first, *changed]
-    done = cluster.run(*command, code=code, env=ENVIRONMENT)
+def stretto(cluster, *arguments, code=0, timeout=120):
+    """What a command prints that is given on the login node."""
+    done = cluster.run(sys.executable, "-m", "launcher", *arguments, code=code, env=ENVIRONMENT, timeout=timeout)
     return done.stdout + done.stderr
+
+
+def submit(cluster, run, *more):
+    return stretto(cluster, "run", "quickstart", "-o", run, "--slurm", *RECIPE, *more)
 
 
 def jobs(cluster):
@@ -84,7 +84,7 @@ def finished(cluster, tmp_path_factory):
     return run, first, second, again
 
 
-def test_a_recipe_becomes_dependent_jobs_and_a_bundle(finished):
+def test_a_recipe_becomes_dependent_jobs_and_a_bundle(cluster, finished):
     run, *_ = finished
     assert artifact.problems(artifact.read(run / "bundle", "bundle")) == []
     assert json.loads((run / "report.json").read_text())["corpus"]["clips"] == 60
@@ -92,6 +92,7 @@ def test_a_recipe_becomes_dependent_jobs_and_a_bundle(finished):
     assert {stage["state"] for stage in stages.values()} == {"done"}
     assert stages["coarse"]["hosts"] == "alpha:0 beta:0"
     assert stages["tokens"]["hosts"] == "alpha:0 beta:0"
+    assert json.loads(stretto(cluster, "status", run, "--json"))["state"] == "done"
 
 
 def test_a_cancelled_stage_is_submitted_again_and_what_lives_is_left_alone(finished):
@@ -140,7 +141,7 @@ def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_p
     """The ranks are held until the signal has come, so that the training does not end before."""
     run = coarse_again(finished[0], tmp_path / "run")
     keys = [f"stages.coarse.train.{key}" for key in ("steps=200", "checkpoint_every=5", "validate_every=100")]
-    submit(cluster, run, "--only=coarse", *keys, "slurm.signal_seconds=10")
+    submit(cluster, run, "--only", "coarse", *keys, "slurm.signal_seconds=10")
     job = entry(run, "coarse")["job"]
     wait_until(cluster, lambda: saved(run))
     for process in ranks_of(run):
@@ -165,7 +166,7 @@ def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
     """A more urgent job takes both nodes; ranks get some seconds."""
     run = coarse_again(finished[0], tmp_path / "run")
     keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
-    submit(cluster, run, "--only=coarse", *keys)
+    submit(cluster, run, "--only", "coarse", *keys)
     wait_until(cluster, lambda: saved(run))
     cluster.run("srun", "--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "true")
     wait_until(cluster, lambda: ended(run, "coarse"))
@@ -179,12 +180,12 @@ def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
 def test_a_stage_that_is_stopped_saves_and_is_not_put_back(cluster, finished, tmp_path):
     run = coarse_again(finished[0], tmp_path / "run")
     keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=1000", "validate_every=1000")]
-    submit(cluster, run, "--only=coarse", *keys)
+    submit(cluster, run, "--only", "coarse", *keys)
     metrics = run / "coarse" / "metrics.jsonl"
     wait_until(cluster, lambda: metrics.exists() and '"train"' in metrics.read_text())
-    stop = "from launcher.backends.slurm import Slurm; import sys; Slurm(None, None).cancel(sys.argv[1])"
-    cluster.run(sys.executable, "-c", stop, entry(run, "coarse")["job"], env=ENVIRONMENT)
+    stretto(cluster, "stop", run)
     wait_until(cluster, lambda: ended(run, "coarse"))
     assert entry(run, "coarse")["state"] == "interrupted"
     wait_until(cluster, lambda: jobs(cluster)["quickstart-coarse"] == "FAILED")
     assert len(saved(run)) == 1
+    assert "Traceback" not in (run / "logs" / "coarse.log").read_text()
