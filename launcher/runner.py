@@ -62,7 +62,10 @@ def run(
         check_others(folder, recipe, DIRECT)
         check_survivors(folder, found, hosts)
         states = state_of(folder.path, recipe, found)
-        todo = plan_stages(states, only)
+        chosen = plan_stages(states, only)
+        # What an earlier launcher has left running is watched, whatever is asked for now.
+        left = folder.running()
+        todo = [one for one in stages.STAGES if one in chosen or (one.name in left and not states[one.name].done)]
         addresses = _check(folder, recipe, found, todo, hosts)
         folder.adopt(recipe)
         _note_states(folder, found, states, todo)
