@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,11 +64,27 @@ def stage_named(name: str) -> Stage:
     return stages.STAGES[names.index(name)]
 
 
+def check_graph(graph: Sequence[Stage]) -> None:
+    """Raises UserError with every need that no stage makes, or that is not made before: stages are listed in an order
+    in which they can be built, so a circle shows as one of its needs."""
+    problems = []
+    names = [stage.name for stage in graph]
+    for place, stage in enumerate(graph):
+        for need in stage.needs:
+            if need not in names:
+                problems.append(f"stage {stage.name!r} needs {need!r}, which there is not.{nearest(need, names)}")
+            elif names.index(need) >= place:
+                problems.append(f"stage {stage.name!r} needs {need!r}, which is not made before it: is it a circle?")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def origins(recipe: Recipe) -> dict[str, Origin]:
     """What every stage's artifact would be made of, in order. Nothing on disk is read but the user's own files.
 
     Raises UserError where these, the weights of a pretrained encoder or the run of `fitted_from` cannot be found.
     """
+    check_graph(stages.STAGES)
     found: dict[str, Origin] = {}
     for stage in stages.STAGES:
         if recipe.fitted_from is not None and stage.name in FITTED:

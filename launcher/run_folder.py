@@ -185,7 +185,7 @@ def end_group(group: int, started: float, run: Path) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while others_in_group(group) and time.monotonic() < deadline:
+    while any(others_in_group(group)) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from launcher import stages
 from launcher.backends import Job
 from launcher.backends.direct import Direct
 from launcher.backends.others import check_others
@@ -16,6 +17,7 @@ from launcher.execution import Execution
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
 from launcher.hosts import Host, crossing, module_on, read_hostfile
 from launcher.job_record import alive, elsewhere, read_job, supervisor
+from launcher.outcome import make_way
 from launcher.placement import Share, shares
 from launcher.places import check_places
 from launcher.preflight import check_hosts
@@ -156,13 +158,20 @@ def print_plan(console: Console, states: dict[str, StageState], todo: list[Stage
 
 
 def _note_states(folder: RunFolder, found: dict[str, Origin], states: dict[str, StageState], todo: list[Stage]) -> None:
-    """Records which stages are kept and which wait; what still runs is to be taken over."""
-    for name, state in states.items():
+    """Records which stages are kept and which wait, and what each is to be made from, so that it can also be started by
+    hand; what still runs is to be taken over."""
+    for stage in stages.STAGES:
+        name, state = stage.name, states[stage.name]
         if folder.entry(name).get("state") == "running" and not state.done:
             continue
         if state.done:
             folder.record(name, state="done", reused=True, error=None, made_from=found[name].to_json())
-        elif name in {stage.name for stage in todo}:
+            continue
+        if state.state == "missing":
+            folder.record(name, made_from=found[name].to_json())
+            if stage.trained:
+                make_way(folder, stage, found[name], outdated=False)
+        if name in {stage.name for stage in todo}:
             folder.record(name, state="waiting", reused=False, error=None)
 
 

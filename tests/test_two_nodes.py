@@ -1,29 +1,30 @@
-"""A whole run on two real nodes, one of which is cut off while it trains and comes back."""
+"""A whole run on two real nodes: one is cut off while it trains and comes back, and the run is interrupted twice."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from nodes import nodes, skip_reason
 from small_runs import SMALL
 
-from launcher.placement import in_words, parse_share
+from launcher.run_folder import read_state
 from model import artifact
 
-pytestmark = [pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason())), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 PATIENCE = 240
 SLOW = [
     "stages.semantic.model.transformer.dim=256",
     "stages.semantic.model.transformer.layers=4",
     "stages.semantic.model.transformer.heads=4",
     "stages.semantic.train.global_batch=8",
-    "stages.semantic.train.steps=300",
-    "stages.semantic.train.checkpoint_every=10",
+    "stages.semantic.train.steps=200",
+    "stages.semantic.train.checkpoint_every=5",
     "stages.semantic.train.validate_every=100",
+    "evaluation.prompts=1",
     "stages.coarse.train.ranks=1",
     "stages.fine.train.ranks=1",
 ]
@@ -31,7 +32,7 @@ SLOW = [
 
 
 def entry(run, stage):
-    return json.loads((run / "state.json").read_text())["stages"].get(stage, {})
+    return read_state(run)["stages"].get(stage, {})
 
 
 def steps(run):
@@ -52,36 +53,63 @@ def checkpoints(run):
     return {path.name for path in (run / "semantic" / "checkpoints").glob("step-*")}
 
 
-def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(tmp_path):
-    run = tmp_path / "run"
-    with nodes(tmp_path / "nodes", "alpha", "beta") as cluster:
-        hostfile = cluster.hostfile(tmp_path / "hosts", slots=1)
-        options = ["-o", str(run), "--hostfile", str(hostfile), "data.clips=48"]
-        command = [sys.executable, "-m", "launcher", "run", "quickstart", *options, *SMALL, *SLOW]
-        process = cluster.popen("alpha", command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        wait_for(lambda: len(checkpoints(run)) > 1, process)
-        assert entry(run, "semantic")["hosts"] == "alpha:0 beta:0"
-        cluster.cut("beta")
-        wait_for(lambda: entry(run, "semantic").get("hosts") == "alpha:0", process)
-        before = checkpoints(run)
-        wait_for(lambda: checkpoints(run) - before, process)
-        assert not cluster.left("beta")  # what ran there has ended by itself
-        cluster.restore("beta")
-        wait_for(lambda: entry(run, "semantic").get("hosts") == "alpha:0 beta:0", process)
-        output = process.communicate(timeout=2 * PATIENCE)[0]
-        assert process.returncode == 0, output
-        assert not cluster.left("alpha")
-        assert not cluster.left("beta")
+def interrupt(cluster, process, times=1):
+    """Presses Ctrl-C; returns what the run had printed when it and all it had started were gone."""
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    output = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 130, output
+    assert {node: cluster.left(node) for node in cluster.nodes} == {"alpha": {}, "beta": {}}
+    return output
+
+
+def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(cluster, tmp_path):
+    run, hostfile = tmp_path / "run", cluster.hostfile(tmp_path / "hosts", slots=1)
+    options = ["-o", str(run), "--hostfile", str(hostfile), "data.clips=48"]
+    command = [sys.executable, "-m", "launcher", "run", "quickstart", *options, *SMALL, *SLOW]
+
+    def start():
+        return cluster.popen("alpha", command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    # Ctrl-C twice does not wait for anything to be saved.
+    process = start()
+    wait_for(lambda: entry(run, "quantizers").get("job") and len(cluster.processes("beta")) > 1, process)
+    interrupt(cluster, process, times=2)
+
+    process = start()
+    wait_for(lambda: len(checkpoints(run)) > 1, process)
+    assert entry(run, "semantic")["hosts"] == "alpha:0 beta:0"
+    cluster.cut("beta")
+    wait_for(lambda: entry(run, "semantic").get("hosts") == "alpha:0", process)
+    before = checkpoints(run)
+    wait_for(lambda: checkpoints(run) - before, process)
+    assert not cluster.left("beta")  # what ran there has ended by itself
+    cluster.restore("beta")
+    wait_for(lambda: entry(run, "semantic").get("hosts") == "alpha:0 beta:0", process)
+    before = checkpoints(run)
+    wait_for(lambda: checkpoints(run) - before, process)
+
+    # Ctrl-C once saves.
+    output = interrupt(cluster, process)
     assert "beta can no longer be reached; it is left out until it can" in output
     assert "semantic: beta can no longer be reached; it goes on from step" in output
     assert "beta is back" in output
     assert "semantic: is saving, to go on with more than 1 ranks" in output
+    assert entry(run, "semantic")["state"] == "interrupted"
+    saved = max(int(name.removeprefix("step-")) for name in checkpoints(run))
+    assert saved == steps(run)[-1]
+
+    process = start()
+    output = process.communicate(timeout=2 * PATIENCE)[0]
+    assert process.returncode == 0, output
+    assert {node: cluster.left(node) for node in cluster.nodes} == {"alpha": {}, "beta": {}}
     assert artifact.problems(artifact.read(run / "bundle")) == []
-    assert steps(run)[-1] == 300
+    assert steps(run)[-1] == 200
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     trained = [(one["hosts"], one["lost"], one["code"] == 0) for one in history if one["stage"] == "semantic"]
-    both = in_words(parse_share("alpha:0 beta:0", []))
-    assert trained == [(both, ["beta"], False), ("alpha:0", [], False), (both, [], True)]
+    both = "alpha:0 beta:0"
+    assert trained == [(both, ["beta"], False), ("alpha:0", [], False), (both, [], False), (both, [], True)]
     # The two that need half of it each train at the same time.
     stages = {name: entry(run, name) for name in ("coarse", "fine")}
     assert {one["hosts"] for one in stages.values()} == {"alpha:0", "beta:0"}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.graph import origins, plan_stages, state_of
+from launcher.graph import check_graph, origins, plan_stages, state_of
 from launcher.recipe import Recipe, load_recipe
 from launcher.run_folder import RunFolder
+from launcher.stage import Stage, picked
 from launcher.stages import STAGES
 from launcher.worker import take_over
 from model import artifact
@@ -29,6 +30,18 @@ def changed(*overrides: str) -> set[str]:
     """The stages whose fingerprints these overrides change."""
     before, after = origins(load_recipe("quickstart")), origins(load_recipe("quickstart", overrides))
     return {name for name in before if before[name].fingerprint != after[name].fingerprint}
+
+
+def test_needs_that_nothing_makes_and_circles_are_named():
+    check_graph(STAGES)
+    graph = [Stage("tokens", ("corpsu", "coarse"), picked(), 1, None), Stage("coarse", ("tokens",), picked(), 1, None)]
+    graph.append(Stage("corpus", (), picked(), 1, None))
+    with pytest.raises(UserError) as caught:
+        check_graph(graph)
+    assert str(caught.value).splitlines() == [
+        "stage 'tokens' needs 'corpsu', which there is not. Did you mean corpus?",
+        "stage 'tokens' needs 'coarse', which is not made before it: is it a circle?",
+    ]
 
 
 FITTED_STAGES = {"codec", "embedding", "quantizers"}

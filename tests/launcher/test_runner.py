@@ -139,6 +139,15 @@ def test_what_a_trained_stage_ends_with_is_told_apart(run, behaviour, code, stat
     assert "resumed" in (run / "logs" / "c.log").read_text()
 
 
+def test_a_stage_that_no_run_has_begun_can_be_started_by_hand(run):
+    assert build(run, "--only=a")[0] == 0
+    for stage in ("c", "b"):
+        subprocess.run([sys.executable, str(FAKE), "stage", str(run), stage], check=True)
+    code, output = build(run)
+    assert code == 0
+    assert [line for line in output.splitlines() if line.endswith(": started")] == ["d: started"]
+
+
 def test_a_stage_that_another_job_works_in_is_not_moved_away(run):
     assert build(run)[0] == 0
     with locked(run / "b"):
