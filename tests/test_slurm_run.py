@@ -215,3 +215,19 @@ def test_a_rank_that_is_killed_is_started_again(cluster, finished, tmp_path):
     log = (run / "logs" / "coarse.log").read_text()
     assert (entry(run, "coarse")["state"], entry(run, "coarse")["restarts"]) == ("done", 1), log
     assert "coarse: it was killed" in log
+
+
+@pytest.mark.faults
+def test_a_node_is_lost_and_the_job_goes_on_when_it_is_back(cluster, finished, tmp_path):
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
+    submit(cluster, run, "--only", "coarse", *keys)
+    wait_until(cluster, lambda: saved(run))
+    cluster.lose("beta")
+    wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
+    assert submit(cluster, run, "--only", "coarse", *keys).count("which lives") == 1
+    cluster.bring_back("beta")
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    log = (run / "logs" / "coarse.log").read_text()
+    assert (entry(run, "coarse")["state"], entry(run, "coarse")["restarts"]) == ("done", 1), log
+    assert "resumed at step" in log
