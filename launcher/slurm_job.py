@@ -39,6 +39,7 @@ FAILED_TASK = re.compile(
     rb"^srun: error: \S+: tasks? [\d,-]+: (?:Exited with exit code (\d+)|(\w[\w ]*))", re.MULTILINE
 )
 """How srun says, in the order in which it happens, that ranks have ended badly."""
+LOST_NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.M)
 SIGNALS = {text: 128 + number for number in signal.valid_signals() if (text := signal.strsignal(number))}
 REQUEUE_SECONDS = 60
 """In which Slurm ends a job that is put back into the queue."""
@@ -91,16 +92,16 @@ class Attempt:
         before = read_job(self.run, self.stage.name) or {}
         self.before = before if before.get("job") == self.job else {}
         self.step = checkpoint_step(self.folder)
+        self.restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def go(self) -> int:
         """Returns the exit code of the job."""
         hosts = in_words(tuple(Part(host, tuple(range(tasks)), tasks) for host, tasks in self._nodes()))
-        restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        known = {"hosts": hosts, "restarts": restarted, "error": None, "code": None, "finished": None}
+        known = {"hosts": hosts, "restarts": self.restarted, "error": None, "code": None, "finished": None}
         self._record(state="running", started=self.began, **known)
-        code, output = self._attempt(restarted)
+        code, output = self._attempt()
         if code != 0 and self.stage.ranked and not self.told.to_end and BUSY_PORT.search(output):
-            code, output = self._attempt(restarted)  # another step of the job has another port
+            code, output = self._attempt()  # another step of the job has another port
         seconds = self.before.get("seconds", 0) + time.time() - self.began
         self._record(code=code, finished=time.time(), seconds=round(seconds, 3))
         return self._conclude(code, output)
@@ -109,11 +110,11 @@ class Attempt:
         hosts, tasks = os.environ["SLURM_JOB_NODELIST"], os.environ["SLURM_TASKS_PER_NODE"]
         return list(zip(hostnames(hosts), tasks_per_node(tasks), strict=True))
 
-    def _attempt(self, restarted: int) -> tuple[int, str]:
+    def _attempt(self) -> tuple[int, str]:
         """Runs the ranks; returns the code of the first that failed, or 0, and what they printed."""
         begins = self.log.stat().st_size if self.log.exists() else 0
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if restarted:
+        if self.restarted:
             env[PATIENCE] = str(LOCK_SECONDS)
         self.told.srun = subprocess.Popen(self._command(), env=env, stdin=subprocess.DEVNULL)
         if self.told.to_end:
@@ -139,15 +140,20 @@ class Attempt:
         if code == 0:
             wrong = not_made(self.run, self.stage, Origin(**made_from))
             return self._fail(wrong, 1) if wrong else self._done()
-        if self.told.to_end and self._reason() != "TimeLimit":
-            self._record(state="interrupted", error=None)
-            return SAVED
+        if self.told.to_end:
+            says = self._slurm_says()
+            if int(says["Restarts"]) > self.restarted:
+                self._record(state="waiting", error="Slurm has put it back into the queue")
+                return SAVED
+            if says["Reason"] != "TimeLimit":
+                self._record(state="interrupted", error=None)
+                return SAVED
         message, kind = why(self.stage, self.run, output, code)
-        newest = checkpoint_step(self.folder)
+        ended, newest = Ended(code, tuple(LOST_NODE.findall(output))), checkpoint_step(self.folder)
         progressed = newest is not None and newest > (self.step or 0)
         failures = 0 if progressed else self.before.get("failures", 0)
-        again = restarts.restart_after(Ended(code), failures, progressed, read_run_recipe(self.run).restarts)
-        if kind == 2 or again is None:
+        again = restarts.restart_after(ended, failures, progressed, read_run_recipe(self.run).restarts)
+        if (kind == 2 and not ended.lost) or again is None:
             return self._fail(message, kind)
         saved = "it saved, to go on when it is its turn again" if code == SAVED else message
         return self._requeue(saved, failures + 1)
@@ -178,9 +184,10 @@ class Attempt:
         time.sleep(REQUEUE_SECONDS)
         return SAVED
 
-    def _reason(self) -> str:
-        """Why Slurm is ending this job, in its own words."""
-        return ask("squeue", "--noheader", "--states=all", "--format=%r", f"--jobs={self.job}").strip()
+    def _slurm_says(self) -> dict[str, str]:
+        """How this job stands, in Slurm's own words."""
+        words = ask("scontrol", "show", "job", self.job, "--oneliner").split()
+        return dict(word.partition("=")[::2] for word in words)
 
     def _record(self, **entry: Any) -> None:
         record_job(self.run, self.stage.name, self.job, **entry)

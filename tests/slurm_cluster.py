@@ -62,6 +62,22 @@ class SlurmCluster:
         assert code in (None, process.returncode), f"{command} ended with {process.returncode}\n{out}\n{error}"
         return subprocess.CompletedProcess(list(map(str, command)), process.returncode, out, error)
 
+    def lose(self, node: str) -> None:
+        """Kills all that runs on a node, at once."""
+        daemons = psutil.Process(self.inside).children()
+        first = next(daemon for daemon in daemons if daemon.cmdline() == ["slurmd", "-D", "-N", node])
+        namespace = os.stat(f"/proc/{first.pid}/ns/uts").st_ino
+        for process in psutil.process_iter():
+            with contextlib.suppress(FileNotFoundError, psutil.Error):
+                if os.stat(f"/proc/{process.pid}/ns/uts").st_ino == namespace:
+                    process.kill()
+
+    def bring_back(self, node: str) -> None:
+        """Starts a node that was lost, as slurm_cluster.sh does."""
+        script = f"hostname {node}; mount -t tmpfs tmpfs /dev/shm; exec slurmd -D -N {node}"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.start("unshare", "--uts", "--mount", "sh", "-c", script, **quiet)
+
     def logs(self) -> str:
         """The last lines of what Slurm's own programs say."""
         found = sorted(self.folder.glob("*.log"))

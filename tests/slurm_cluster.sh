@@ -42,6 +42,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=20
 SlurmdTimeout=10
+ReturnToService=2
 GresTypes=gpu
 NodeName=${nodes[0]} NodeAddr=$address Port=6821 CPUs=4 RealMemory=8000 Gres=gpu:2
 NodeName=${nodes[1]} NodeAddr=$address Port=6822 CPUs=4 RealMemory=8000 Gres=gpu:2

@@ -8,8 +8,10 @@ import shutil
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
 from helpers import ROOT
 from ranks import run_ranks
 from slurm_cluster import missing, slurm_cluster
@@ -39,8 +41,8 @@ def stretto(cluster, *arguments, code=0, timeout=120):
     return done.stdout + done.stderr
 
 
-def submit(cluster, run, *more):
-    return stretto(cluster, "run", "quickstart", "-o", run, "--slurm", *RECIPE, *more)
+def submit(cluster, run, *more, code=0):
+    return stretto(cluster, "run", "quickstart", "-o", run, "--slurm", *RECIPE, *more, code=code)
 
 
 def jobs(cluster):
@@ -107,6 +109,17 @@ def test_what_is_up_to_date_is_not_submitted(cluster, finished):
     before = len(jobs(cluster))
     submit(cluster, run)
     assert len(jobs(cluster)) == before
+
+
+def test_a_mistake_of_the_users_ends_what_depends_on_it(cluster, tmp_path):
+    (tmp_path / "music").mkdir()
+    soundfile.write(tmp_path / "music" / "silent.wav", np.zeros(160_000), 16_000)
+    printed = submit(cluster, tmp_path / "run", f"data.audio={tmp_path / 'music'}", "--wait", code=2)
+    found = entry(tmp_path / "run", "corpus")
+    assert found["state"] == "failed"
+    assert "silent" in found["error"]
+    assert found["error"].splitlines()[0] in printed
+    assert jobs(cluster)["quickstart-samples"] == "CANCELLED"
 
 
 def coarse_again(run, folder):
@@ -189,3 +202,32 @@ def test_a_stage_that_is_stopped_saves_and_is_not_put_back(cluster, finished, tm
     wait_until(cluster, lambda: jobs(cluster)["quickstart-coarse"] == "FAILED")
     assert len(saved(run)) == 1
     assert "Traceback" not in (run / "logs" / "coarse.log").read_text()
+
+
+@pytest.mark.faults
+def test_a_rank_that_is_killed_is_started_again(cluster, finished, tmp_path):
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
+    submit(cluster, run, "--only", "coarse", *keys)
+    wait_until(cluster, lambda: saved(run))
+    list(ranks_of(run))[-1].kill()
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    log = (run / "logs" / "coarse.log").read_text()
+    assert (entry(run, "coarse")["state"], entry(run, "coarse")["restarts"]) == ("done", 1), log
+    assert "coarse: it was killed" in log
+
+
+@pytest.mark.faults
+def test_a_node_is_lost_and_the_job_goes_on_when_it_is_back(cluster, finished, tmp_path):
+    run = coarse_again(finished[0], tmp_path / "run")
+    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
+    submit(cluster, run, "--only", "coarse", *keys)
+    wait_until(cluster, lambda: saved(run))
+    cluster.lose("beta")
+    wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
+    assert submit(cluster, run, "--only", "coarse", *keys).count("which lives") == 1
+    cluster.bring_back("beta")
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    log = (run / "logs" / "coarse.log").read_text()
+    assert (entry(run, "coarse")["state"], entry(run, "coarse")["restarts"]) == ("done", 1), log
+    assert "resumed at step" in log
