@@ -73,7 +73,10 @@ class LocalRoom:
 
     def again(self, hosts: str) -> Share:
         share = parse_share(hosts, [])
-        self._taken[len(self._taken)] = share
+        used = {slot for part in share for slot in part.slots}
+        parallel = self._recipe.parallel
+        own = (slot for slot in range(parallel) if used <= set(map(int, self._machine.share(slot, parallel).gpus)))
+        self._taken[next(own, len(self._taken))] = share
         return share
 
     def release(self, share: Share) -> None:

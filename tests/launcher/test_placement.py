@@ -8,7 +8,7 @@ from launcher.hosts import Host
 from launcher.placement import Places, counts, in_words, parse_share, shares
 from launcher.recipe import load_recipe
 from launcher.restarts import Ended, RestartsConfig, restart_after
-from launcher.room import HostRoom
+from launcher.room import HostRoom, LocalRoom
 from launcher.stages import STAGES
 from model.errors import UserError
 from trainer.exit_codes import DIVERGED, FAULT, HUNG, SAVED
@@ -94,6 +94,18 @@ def test_without_a_lost_host_a_stage_takes_what_there_is_and_grows_when_it_is_ba
     assert room.could_grow(STAGE["fine"], smaller)
     assert in_words(room.take(STAGE["semantic"])) == "beta:0-1"
     assert not room.could_grow(STAGE["fine"], smaller)
+
+
+def test_a_stage_that_is_taken_over_keeps_its_gpus(monkeypatch):
+    monkeypatch.setattr("launcher.processes.gpus", lambda: tuple("0123"))
+    two = recipe("parallel=2")
+    first = LocalRoom(two)
+    shares = [first.take(STAGE[name]) for name in ("semantic", "coarse")]
+    assert [in_words(share) for share in shares] == ["localhost:0,2", "localhost:1,3"]
+    later = LocalRoom(two)
+    assert in_words(later.again(in_words(shares[1]))) == "localhost:1,3"
+    assert in_words(later.take(STAGE["fine"])) == "localhost:0,2"
+    assert later.take(STAGE["semantic"]) is None
 
 
 def test_a_smaller_number_of_ranks_still_divides_the_batch():
