@@ -112,6 +112,7 @@ class Execution:
                     if self.stops:
                         self._stop_all()
             finally:
+                self.room.close()
                 for job in self.running:  # only after a fault of ours
                     self.backend.cancel(job.handle, now=True)
         if self.stops:

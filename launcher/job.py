@@ -40,13 +40,16 @@ class Node:
     remote: bool
     guard: subprocess.Popen[bytes]
     code: int | None = None
+    told_to_end: bool = False
 
     @property
     def lost(self) -> bool:
-        return self.remote and self.code == UNREACHABLE
+        # A guard that is told to end kills itself with all others, which ssh tells by the same code.
+        return self.remote and self.code == UNREACHABLE and not self.told_to_end
 
     def tell(self, what: bytes) -> None:
         assert self.guard.stdin is not None
+        self.told_to_end = self.told_to_end or what == END
         with contextlib.suppress(BrokenPipeError):
             self.guard.stdin.write(what)
             self.guard.stdin.flush()

@@ -32,8 +32,9 @@ YAML_SUFFIXES = (".yaml", ".yml")
 class EvaluationConfig(Config):
     """What is made and judged at the end of a run."""
 
-    prompts: PositiveInt = 32
-    """Held-out prompts generated at the end of the run (or as many as there are captions)."""
+    prompts: int = Field(32, ge=2)
+    """Held-out prompts generated at the end of the run (or as many as there are captions); each is compared with what
+    another asked for."""
     seconds: PositiveFloat = 5.0
 
 

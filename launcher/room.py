@@ -49,6 +49,9 @@ class Room(Protocol):
     def could_grow(self, stage: Stage, share: Share) -> bool:
         """Whether a stage that runs on less than it asked for could now have more."""
 
+    def close(self) -> None:
+        """Ends what was started to look."""
+
 
 class LocalRoom:
     """This machine, for as many stages at once as the recipe says."""
@@ -88,6 +91,9 @@ class LocalRoom:
 
     def could_grow(self, stage: Stage, share: Share) -> bool:
         return False
+
+    def close(self) -> None:
+        pass
 
 
 def local_share(recipe: Recipe, stage: Stage, machine: Machine, parallel: int) -> Share:
@@ -185,3 +191,9 @@ class HostRoom:
             if found is not None:
                 self._places.release(found)
             return found is not None
+
+    def close(self) -> None:
+        for look in self._looks.values():
+            if not isinstance(look, float):
+                look.kill()
+                look.wait()

@@ -15,10 +15,10 @@ from launcher.backends.direct import Direct
 from launcher.backends.others import check_others
 from launcher.execution import Execution
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
-from launcher.hosts import Host, crossing, module_on, read_hostfile
+from launcher.hosts import LOCALHOST, Host, crossing, module_on, read_hostfile
 from launcher.job_record import alive, elsewhere, read_job, supervisor
 from launcher.outcome import make_way
-from launcher.placement import Share, shares
+from launcher.placement import Share, parse_share, shares
 from launcher.places import check_places
 from launcher.preflight import check_hosts
 from launcher.recipe import Recipe
@@ -60,9 +60,12 @@ def run(
     found = origins(recipe)
     with RunFolder.opened(path, recipe) as folder:
         check_others(folder, recipe, DIRECT)
-        check_survivors(folder, found)
+        check_survivors(folder, found, hosts)
         states = state_of(folder.path, recipe, found)
-        todo = plan_stages(states, only)
+        chosen = plan_stages(states, only)
+        # What an earlier launcher has left running is watched, whatever is asked for now.
+        left = folder.running()
+        todo = [one for one in stages.STAGES if one in chosen or (one.name in left and not states[one.name].done)]
         addresses = _check(folder, recipe, found, todo, hosts)
         folder.adopt(recipe)
         _note_states(folder, found, states, todo)
@@ -114,12 +117,14 @@ def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
     return problems
 
 
-def check_survivors(folder: RunFolder, found: dict[str, Origin]) -> None:
+def check_survivors(folder: RunFolder, found: dict[str, Origin], hosts: Sequence[Host]) -> None:
     """Notes as interrupted what an earlier launcher had left running and that has ended since.
 
-    Raises UserError where something still runs that is not what is asked for now, or may run on another machine.
+    Raises UserError where something still runs that is not what is asked for now, runs elsewhere than on `hosts`, or
+    may run under another machine's eyes.
     """
     problems = []
+    known = {host.name for host in hosts} or {LOCALHOST}
     for name, entry in folder.state["stages"].items():
         if entry.get("state") != "running" or (entry.get("backend") or DIRECT) != DIRECT:
             continue
@@ -138,6 +143,11 @@ def check_survivors(folder: RunFolder, found: dict[str, Origin]) -> None:
         elif not alive(handle):
             Direct(folder.path).poll(handle)
             folder.record(name, state="interrupted", job=None)
+        elif any(part.host not in known for part in parse_share(entry["hosts"], hosts)):
+            problems.append(
+                f"{name} still runs on {entry['hosts']}, as an earlier command asked for: give the same command, or "
+                f"end it with `stretto stop {folder.path}`."
+            )
         elif found[name].fingerprint != Origin(**entry["made_from"]).fingerprint:
             problems.append(
                 f"{name} still runs, as an earlier command with another recipe asked for: `stretto stop {folder.path}` "

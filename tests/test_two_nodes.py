@@ -24,7 +24,7 @@ SLOW = [
     "stages.semantic.train.steps=200",
     "stages.semantic.train.checkpoint_every=5",
     "stages.semantic.train.validate_every=100",
-    "evaluation.prompts=1",
+    "evaluation.prompts=2",
     "stages.coarse.train.ranks=1",
     "stages.fine.train.ranks=1",
 ]

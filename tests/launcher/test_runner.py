@@ -206,7 +206,7 @@ def test_what_a_killed_launcher_left_running_is_taken_over(run, stage):
     wait_for(lambda: child.exists() and child.read_text())
     process.kill()
     process.communicate()
-    again = start(run)
+    again = start(run, "--only=b")  # what runs is watched all the same
     wait_for(lambda: holder(run) and holder(run).pid == again.pid)
     told.unlink()
     code, output = finish(again)

@@ -1,0 +1,85 @@
+"""The supervisor of a job, with processes in the place of the guards on its hosts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from launcher import job
+from launcher.guard import END, SAVE
+from launcher.job import UNREACHABLE, Node, supervise
+from trainer.exit_codes import HUNG, SAVED
+
+GUARD = """
+import sys, time
+codes = {b"s": int(sys.argv[1]), b"e": int(sys.argv[2])}
+if len(sys.argv) > 3:
+    time.sleep(0.3)
+    sys.exit(int(sys.argv[3]))
+while byte := sys.stdin.buffer.raw.read(1):
+    if byte in codes:
+        sys.exit(codes[byte])
+"""
+"""Ends with a code when it is told to save, or to end, or by itself."""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(job, "LEASE", 0.5)
+    monkeypatch.setattr(job, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(job, "END_SECONDS", 1.0)
+
+
+def node(host, *codes, remote=True):
+    command = [sys.executable, "-c", GUARD, *map(str, codes)]
+    return Node(host, remote, subprocess.Popen(command, stdin=subprocess.PIPE))
+
+
+def test_without_a_lost_host_the_others_are_ended_and_only_it_is_called_lost():
+    nodes = [node("alpha", SAVED, UNREACHABLE), node("beta", SAVED, UNREACHABLE, UNREACHABLE)]
+    started = time.monotonic()
+    assert supervise(nodes, []) == UNREACHABLE
+    assert [one.host for one in nodes if one.lost] == ["beta"]
+    assert time.monotonic() - started > 0.5  # what runs on beta may still be there for so long
+
+
+def test_the_code_is_that_of_the_host_that_failed_first_and_the_others_get_time_to_end():
+    nodes = [node("alpha", SAVED, UNREACHABLE), node("beta", SAVED, UNREACHABLE, HUNG)]
+    assert supervise(nodes, []) == HUNG
+    assert not [one.host for one in nodes if one.lost]
+    assert nodes[0].told_to_end
+
+
+@pytest.mark.parametrize(("told", "code"), [(SAVE, SAVED), (END, UNREACHABLE)])
+def test_what_it_is_told_is_passed_on(told, code):
+    nodes = [node("alpha", SAVED, UNREACHABLE), node("beta", SAVED, UNREACHABLE)]
+    number = {SAVE: job.signal.SIGTERM, END: job.signal.SIGQUIT}[told]
+    signals: list[int] = []
+    threading.Timer(0.5, signals.append, (number,)).start()
+    assert supervise(nodes, signals) == code
+    assert not [one.host for one in nodes if one.lost]
+
+
+def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():
+    """As on a host that is cut off, whose ssh connection does not close."""
+    task = '{"command": ["sleep", "100"], "folder": "/", "environment": {}, "sharers": 1, "lease": 1.0}\n'
+    command = [sys.executable, "-m", "launcher.guard"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as guard:
+        guard.stdin.write(task)
+        guard.stdin.flush()
+        deadline = time.monotonic() + 30
+        while not (children := psutil.Process(guard.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for _ in range(8):  # longer than the lease
+            guard.stdin.write(".")
+            guard.stdin.flush()
+            time.sleep(0.2)
+        assert guard.poll() is None
+        assert guard.wait(30) == -9
+        assert not children[0].is_running() or children[0].status() == psutil.STATUS_ZOMBIE
