@@ -64,12 +64,12 @@ class SlurmCluster:
 
     def lose(self, node: str) -> None:
         """Kills all that runs on a node, at once."""
-        daemons = psutil.Process(self.inside).children()
-        first = next(daemon for daemon in daemons if daemon.cmdline() == ["slurmd", "-D", "-N", node])
-        namespace = os.stat(f"/proc/{first.pid}/ns/uts").st_ino
-        for process in psutil.process_iter():
+        everything = psutil.Process(self.inside).children(recursive=True)
+        daemon = next(process for process in everything if process.cmdline() == ["slurmd", "-D", "-N", node])
+        own_name = os.stat(f"/proc/{daemon.pid}/ns/uts").st_ino
+        for process in everything:
             with contextlib.suppress(FileNotFoundError, psutil.Error):
-                if os.stat(f"/proc/{process.pid}/ns/uts").st_ino == namespace:
+                if os.stat(f"/proc/{process.pid}/ns/uts").st_ino == own_name:
                     process.kill()
 
     def bring_back(self, node: str) -> None:
