@@ -175,7 +175,7 @@ def _note_states(folder: RunFolder, found: dict[str, Origin], states: dict[str, 
         if folder.entry(name).get("state") == "running" and not state.done:
             continue
         if state.done:
-            folder.record(name, state="done", reused=True, error=None, made_from=found[name].to_json())
+            folder.record(name, state="done", reused=True, error=None, job=None, made_from=found[name].to_json())
             continue
         if state.state == "missing":
             folder.record(name, made_from=found[name].to_json())

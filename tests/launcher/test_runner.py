@@ -15,7 +15,7 @@ from data.lock import holder, locked
 from launcher.outcome import gist, user_message
 from launcher.processes import Machine, ranks
 from launcher.recipe import load_recipe
-from launcher.run_folder import RunFolder
+from launcher.run_folder import RunFolder, read_state
 from launcher.runner import space_needed
 from launcher.stages import STAGES
 from launcher.stopping import stop
@@ -146,6 +146,27 @@ def test_a_stage_that_no_run_has_begun_can_be_started_by_hand(run):
     code, output = build(run)
     assert code == 0
     assert [line for line in output.splitlines() if line.endswith(": started")] == ["d: started"]
+
+
+@pytest.mark.parametrize(("state", "seed"), [("failed", "seed=0"), ("running", "seed=5")])
+def test_what_a_clusters_job_has_said_is_forgotten_when_it_is_over(run, state, seed, monkeypatch):
+    """Of a job that failed, whose stage was then made by hand; and of one that was killed without a word, whose stage
+    is made anew here."""
+    assert build(run)[0] == 0
+    told = json.loads((run / "state.json").read_text())
+    told["stages"]["b"] |= {"backend": "slurm", "job": "7", "state": state, "error": "of long ago"}
+    (run / "state.json").write_text(json.dumps(told))
+    (run / "jobs" / "b.json").write_text(json.dumps({"job": "7", "state": state, "error": "of long ago"}))
+    # As Slurm answers when it knows nothing of a job any more.
+    squeue = run.with_name("bin") / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\nexit 0\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    code, output = build(run, seed)
+    assert code == 0, output
+    entry = read_state(run)["stages"]["b"]
+    assert (entry["state"], entry["error"]) == ("done", None)
 
 
 def test_a_stage_that_another_job_works_in_is_not_moved_away(run):
