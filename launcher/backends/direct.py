@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launcher.backends import Job
 from launcher.hosts import Host, module_on
 from launcher.job import LEASE
@@ -70,7 +68,7 @@ class Direct:
                 cwd=job.run,
                 start_new_session=True,
             )
-        handle = handle_of(job.stage.name, psutil.Process(process.pid))
+        handle = handle_of(job.stage.name, process.pid)
         self._started[handle] = process
         specification = {"run": str(job.run), "stage": job.stage.name, "nodes": nodes}
         assert process.stdin is not None

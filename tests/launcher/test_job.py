@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from launcher import job
 from launcher.guard import END, SAVE
 from launcher.job import UNREACHABLE, Node, supervise
+from launcher.job_record import alive, handle_of
 from trainer.exit_codes import HUNG, SAVED
 
 GUARD = """
@@ -63,6 +65,16 @@ def test_what_it_is_told_is_passed_on(told, code):
     threading.Timer(0.5, signals.append, (number,)).start()
     assert supervise(nodes, signals) == code
     assert not [one.host for one in nodes if one.lost]
+
+
+def test_a_supervisor_is_known_again_when_the_clock_is_set():
+    handle, now = handle_of("tokens", os.getpid()), psutil.boot_time()
+    assert alive(handle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psutil._pslinux.boot_time", lambda: now + 3600)
+        assert alive(handle)
+    name, ticks = handle.rsplit("-", 1)
+    assert not alive(f"{name}-{int(ticks) - 1}")
 
 
 def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():
