@@ -187,8 +187,8 @@ class Execution:
         self.folder.record(
             name, state="running", started=time.time(), made_from=origin, job=None, backend=DIRECT, **noted
         )
-        handle = self.backend.submit(Job(path, self.recipe, stage, share, tries.attempts))
-        self.folder.record(name, job=handle)
+        job = Job(path, self.recipe, stage, share, tries.attempts)
+        handle = self.backend.submit(job, lambda handle: self.folder.record(name, job=handle))
         self.running.append(Running(stage, handle, share, log, log_start, time.monotonic(), step))
         self.display.begin(name, self.room.where(share))
 
