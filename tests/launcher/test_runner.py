@@ -180,11 +180,17 @@ def test_a_stage_that_another_job_works_in_is_not_moved_away(run):
     assert (run / "previous" / "b" / "manifest.json").exists()
 
 
-def test_a_taken_port_is_tried_once_more(run):
-    tell(run, "c", "busy port")
-    code, output = build(run)
+def test_a_stage_whose_port_was_taken_gets_another(run):
+    told = tell(run, "c", "busy port once")
+    code, output = build(run, "restarts.limit=0")
     assert code == 0
     assert "c: its port was taken; trying another" in output
+    # So it does when it is started again for another reason, and not for ever.
+    told.write_text("hung, busy port")
+    code, output = build(run, "evaluation.prompts=3", "restarts.pause=0.1", "restarts.limit=2")
+    assert code == 1
+    assert output.count("c: it hung") == 1
+    assert output.count("c: its port was taken; trying another") == 2
 
 
 @pytest.mark.parametrize(
@@ -307,6 +313,18 @@ def test_an_interrupt_ends_everything_and_says_how_to_go_on(run):
     assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == "interrupted"
     told.unlink()
     assert build(run)[0] == 0
+
+
+def test_nohup_keeps_it_going_when_the_terminal_closes(run):
+    told, child = tell(run, "b", "wait"), run.with_name("child")
+    command = ["nohup", sys.executable, str(FAKE), str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: child.exists() and child.read_text())
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    told.unlink()
+    code, output = finish(process)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("now", [False, True])
