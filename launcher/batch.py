@@ -60,7 +60,8 @@ def run(
         jobs = _checked(folder, recipe, found, new, backend, lives)
         folder.adopt(recipe)
         for name in (name for name, state in states.items() if state.done):
-            folder.record(name, state="done", reused=True, error=None, made_from=found[name].to_json())
+            # What a job has said of it before no longer counts: it may have been made by hand since.
+            folder.record(name, state="done", reused=True, error=None, job=None, made_from=found[name].to_json())
         if not todo:
             console.print(f"{path}: everything is up to date.", highlight=False, soft_wrap=True, markup=False)
             return 0

@@ -124,7 +124,9 @@ class Execution:
         def heed(number: int, frame: object) -> None:
             self.stops += 1
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, heed) for number in numbers}
         try:
             yield
@@ -187,8 +189,8 @@ class Execution:
         self.folder.record(
             name, state="running", started=time.time(), made_from=origin, job=None, backend=DIRECT, **noted
         )
-        handle = self.backend.submit(Job(path, self.recipe, stage, share, tries.attempts))
-        self.folder.record(name, job=handle)
+        job = Job(path, self.recipe, stage, share, tries.attempts)
+        handle = self.backend.submit(job, lambda handle: self.folder.record(name, job=handle))
         self.running.append(Running(stage, handle, share, log, log_start, time.monotonic(), step))
         self.display.begin(name, self.room.where(share))
 
@@ -240,7 +242,9 @@ class Execution:
         """Starts a stage again whose job has failed, or notes why not."""
         name, tries = job.stage.name, self.tries[job.stage.name]
         output = job.output()
-        if job.stage.ranked and tries.attempts == 1 and BUSY_PORT.search(output):
+        # Each attempt has another port, so that it is no fault of the program, whichever attempt it was.
+        if job.stage.ranked and tries.failures <= self.recipe.restarts.limit and BUSY_PORT.search(output):
+            tries.failures += 1
             self._again(job.stage, 0.0, "its port was taken; trying another")
             return
         message, code = why(job.stage, self.folder.path, output, ended.code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def main() -> int:
         signal.signal(number, lambda number, _: told.append(number))
     specification = json.loads(sys.stdin.readline())
     run, stage = Path(specification["run"]), specification["stage"]
-    handle = handle_of(stage, psutil.Process())
+    handle = handle_of(stage, os.getpid())
     nodes = [start(node) for node in specification["nodes"]]
     guards = [[node.guard.pid, psutil.Process(node.guard.pid).create_time()] for node in nodes]
     record_job(run, stage, handle, guards=guards)

@@ -4,16 +4,17 @@ is."""
 from __future__ import annotations
 
 import json
+import math
 import socket
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from data.lock import Holder
 from model import artifact
 
 JOBS = "jobs"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Where the kernel says which boot this is."""
 
 
 def read_job(run: Path, stage: str) -> dict[str, Any] | None:
@@ -34,21 +35,31 @@ def record_job(run: Path, stage: str, job: str, **entry: Any) -> None:
     artifact.write_json(run / JOBS / f"{stage}.json", {**(said if said.get("job") == job else {}), "job": job, **entry})
 
 
-def handle_of(stage: str, process: psutil.Process) -> str:
-    """What names a supervisor: a later process with its number has another time."""
-    return f"{stage}:{socket.gethostname()}:{process.pid}:{process.create_time():.2f}"
+def handle_of(stage: str, pid: int) -> str:
+    """What names a supervisor; a later process with its number has another name."""
+    return f"{stage}:{socket.gethostname()}:{pid}:{_started(pid)}"
+
+
+def _started(pid: int) -> str:
+    """When a process was started: by the ticks of this boot, since the clock of a machine may be set while it runs."""
+    boot = BOOT.read_text().partition("-")[0]
+    # After the name in brackets, which may hold anything, comes the third field; this is the 22nd.
+    return f"{boot}-{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
 
 
 def supervisor(handle: str) -> Holder:
     """The process that a handle names."""
-    _, host, pid, started = handle.split(":")
-    return Holder(host, int(pid), float(started) + 0.01)  # the time in a handle is rounded
+    _, host, pid, _ = handle.split(":")
+    return Holder(host, int(pid), math.inf)
 
 
 def alive(handle: str) -> bool:
     """Whether the supervisor that a handle names lives on this machine; a later process with its number is not it."""
-    found = supervisor(handle)
-    return found.host == socket.gethostname() and found.alive()
+    _, host, pid, started = handle.split(":")
+    try:
+        return host == socket.gethostname() and started == _started(int(pid)) and supervisor(handle).alive()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def elsewhere(run: Path, stage: str, handle: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from launcher.host_report import report
 from launcher.hosts import Host
-from launcher.reach import Answer, ask, ask_all
+from launcher.reach import Answer, ask, ask_all, last_json
 from launcher.recipe import RECIPE
 from launcher.units import counted, size
 from model import artifact
@@ -185,8 +184,7 @@ def _own_address(address: str | None) -> bool:
 def returned(host: Host, said: str, own: Report) -> list[str]:
     """Why a host that answers again may not take part, one line each; none where it may. `said` is what
     launcher.host_report has printed there, and `own` what it reports here, of the run folder and one of its files."""
-    try:
-        there = json.loads(said)
-    except json.JSONDecodeError:
+    there = last_json(said)
+    if not isinstance(there, dict):
         return [f"{host.name}: it has not said how it is: {said[:200]!r}."]
     return amiss(host, there, own)

@@ -87,7 +87,7 @@ def _ask(name: str, module: str, command: list[str], told: str, limit: float) ->
                 process.kill()
             remedy = "See whether it is overloaded, or its disks hang."
             return Answer(None, f"has not answered within {limit:.0f} s", remedy, asked, time.time())
-    said = _last_json(ended[0])
+    said = last_json(ended[0])
     if process.returncode == 0 and said is not None:
         return Answer(said, "", "", asked, time.time())
     return Answer(None, *why(name, module, process.returncode, ended[1]), asked, time.time())
@@ -100,7 +100,7 @@ def _outputs(process: subprocess.Popen[str], limit: float) -> tuple[str, str] | 
         return None
 
 
-def _last_json(output: str) -> Any:
+def last_json(output: str) -> Any:
     """Of the last line, since a shell's start-up files may print too."""
     try:
         return json.loads(output.strip().rpartition("\n")[2])

@@ -73,10 +73,12 @@ class LocalRoom:
 
     def again(self, hosts: str) -> Share:
         share = parse_share(hosts, [])
-        used = {slot for part in share for slot in part.slots}
         parallel = self._recipe.parallel
-        own = (slot for slot in range(parallel) if used <= set(map(int, self._machine.share(slot, parallel).gpus)))
-        self._taken[next(own, len(self._taken))] = share
+        free = [slot for slot in range(parallel + len(self._taken)) if slot not in self._taken]
+        # That whose GPUs it has, or else another stage would get them too.
+        slots = {str(slot) for part in share for slot in part.slots}
+        its_own = (slot for slot in free if slots & set(self._machine.share(slot, parallel).gpus))
+        self._taken[next(its_own, free[0])] = share
         return share
 
     def release(self, share: Share) -> None:
@@ -147,7 +149,8 @@ class HostRoom:
 
     def lose(self, host: str) -> None:
         self._places.lost.add(host)
-        self._looks[host] = time.monotonic() + LOOK_SECONDS
+        # Two stages may lose it one after the other: a look that is under way then is not begun anew.
+        self._looks.setdefault(host, time.monotonic() + LOOK_SECONDS)
 
     def returned(self) -> Iterator[str]:
         for host, look in list(self._looks.items()):

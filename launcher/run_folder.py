@@ -154,12 +154,11 @@ class RunFolder:
 
 def may_run(run: Path, stage: str, entry: Mapping[str, Any]) -> bool:
     """Whether the job of a stage may still run, by what `state.json` says of it and what can be seen here."""
-    if entry.get("state") != "running":
+    handle = entry.get("job")
+    if entry.get("state") != "running" or handle is None:
         return False
-    # A launcher that was killed just then had started the supervisor and not noted it yet.
-    handle = entry.get("job") or (read_job(run, stage) or {}).get("job")
-    if handle is None or (entry.get("backend") or DIRECT) != DIRECT:
-        return handle is not None
+    if (entry.get("backend") or DIRECT) != DIRECT:
+        return True
     return alive(handle) or elsewhere(run, stage, handle)
 
 

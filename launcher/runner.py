@@ -16,7 +16,7 @@ from launcher.backends.others import check_others
 from launcher.execution import Execution
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
 from launcher.hosts import LOCALHOST, Host, crossing, module_on, read_hostfile
-from launcher.job_record import alive, elsewhere, read_job, supervisor
+from launcher.job_record import alive, elsewhere, supervisor
 from launcher.outcome import make_way
 from launcher.placement import Share, parse_share, shares
 from launcher.places import check_places
@@ -128,13 +128,10 @@ def check_survivors(folder: RunFolder, found: dict[str, Origin], hosts: Sequence
     for name, entry in folder.state["stages"].items():
         if entry.get("state") != "running" or (entry.get("backend") or DIRECT) != DIRECT:
             continue
-        # A launcher that was killed just then had started the supervisor and not noted it yet.
-        handle = entry.get("job") or (read_job(folder.path, name) or {}).get("job")
-        if handle is None:
+        handle = entry.get("job")
+        if handle is None:  # a launcher was killed before it had started anything
             folder.record(name, state="interrupted")
-            continue
-        folder.record(name, job=handle)
-        if elsewhere(folder.path, name, handle):
+        elif elsewhere(folder.path, name, handle):
             host = supervisor(handle).host
             problems.append(
                 f"{name} was started on {host}, where it may still run: give the command there. If {host} is gone for "
@@ -175,7 +172,7 @@ def _note_states(folder: RunFolder, found: dict[str, Origin], states: dict[str, 
         if folder.entry(name).get("state") == "running" and not state.done:
             continue
         if state.done:
-            folder.record(name, state="done", reused=True, error=None, made_from=found[name].to_json())
+            folder.record(name, state="done", reused=True, error=None, job=None, made_from=found[name].to_json())
             continue
         if state.state == "missing":
             folder.record(name, made_from=found[name].to_json())

@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from launcher.backends import Job
 from launcher.hosts import Host, module_on
@@ -46,7 +44,9 @@ class Direct:
         hostfile = job.run / JOBS / f"{job.stage.name}.hosts"
         return host_tasks(job, self._hosts, self._addresses, hostfile, LEASE)
 
-    def submit(self, job: Job) -> str:
+    def submit(self, job: Job, noted: Callable[[str], object] = lambda handle: None) -> str:
+        """As every backend. The handle is `noted` before anything can run by it: should this process be killed in
+        between, the supervisor ends as well."""
         tasks = self.tasks(job)
         if self._hosts:
             (job.run / JOBS).mkdir(exist_ok=True)
@@ -70,8 +70,9 @@ class Direct:
                 cwd=job.run,
                 start_new_session=True,
             )
-        handle = handle_of(job.stage.name, psutil.Process(process.pid))
+        handle = handle_of(job.stage.name, process.pid)
         self._started[handle] = process
+        noted(handle)
         specification = {"run": str(job.run), "stage": job.stage.name, "nodes": nodes}
         assert process.stdin is not None
         # By a pipe, not as an argument: the environment may hold secrets, and arguments can be seen by all.

@@ -33,11 +33,18 @@ def batch_backend(name: str, run: Path, recipe: Recipe) -> BatchBackend:
 
 
 def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
-    """Raises UserError where jobs of another backend than `name` still live, or that cannot be told."""
+    """Forgets the jobs of another backend than `name` that have ended without a word: what is said of them must not
+    stand in the way of what comes.
+
+    Raises UserError where one still lives, or that cannot be told.
+    """
     problems = []
     for stage, entry in folder.state["stages"].items():
         other, handle = entry.get("backend") or DIRECT, entry.get("job")
-        if other == name or handle is None or entry.get("state") in ENDED:
+        if other == name or handle is None:
+            continue
+        if entry.get("state") in ENDED:
+            folder.record(stage, job=None)
             continue
         if other == DIRECT:
             lives = may_run(folder.path, stage, entry)
@@ -46,6 +53,8 @@ def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
         if lives:
             what = "as it was started from here" if other == DIRECT else f"as job {handle} of {other}"
             problems.append(f"{stage} still runs or waits, {what}: `stretto stop {folder.path}` ends it.")
+        else:
+            folder.record(stage, state="interrupted", job=None)
     if problems:
         raise UserError("\n".join(problems))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from launcher import job
 from launcher.guard import END, SAVE
 from launcher.job import UNREACHABLE, Node, supervise
+from launcher.job_record import alive, handle_of
 from trainer.exit_codes import HUNG, SAVED
 
 GUARD = """
@@ -63,6 +65,40 @@ def test_what_it_is_told_is_passed_on(told, code):
     threading.Timer(0.5, signals.append, (number,)).start()
     assert supervise(nodes, signals) == code
     assert not [one.host for one in nodes if one.lost]
+
+
+def test_nothing_runs_by_a_launcher_that_was_killed_before_it_could_note_it(tmp_path):
+    """The next one would not know of it, and start the stage once more."""
+    script = f"""
+import os
+from pathlib import Path
+from launcher.backends import Job
+from launcher.backends.direct import Direct
+from launcher.graph import stage_named
+from launcher.placement import Part
+from launcher.recipe import load_recipe
+run = Path({str(tmp_path)!r})
+job = Job(run, load_recipe("quickstart"), stage_named("corpus"), (Part("localhost", (0,), 1),))
+Direct(run).submit(job, lambda handle: (print(handle, flush=True), os._exit(9)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 9, done.stderr
+    deadline = time.monotonic() + 30
+    while alive(done.stdout.strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "error:" not in (tmp_path / "logs" / "corpus.log").read_text()  # the stage would have said so
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_a_supervisor_is_known_again_when_the_clock_is_set():
+    handle, now = handle_of("tokens", os.getpid()), psutil.boot_time()
+    assert alive(handle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psutil._pslinux.boot_time", lambda: now + 3600)
+        assert alive(handle)
+    name, ticks = handle.rsplit("-", 1)
+    assert not alive(f"{name}-{int(ticks) - 1}")
 
 
 def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():

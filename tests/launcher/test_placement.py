@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from launcher.hosts import Host
 from launcher.placement import Places, counts, in_words, parse_share, shares
+from launcher.processes import Machine
 from launcher.recipe import load_recipe
 from launcher.restarts import Ended, RestartsConfig, restart_after
 from launcher.room import HostRoom, LocalRoom
@@ -96,16 +98,28 @@ def test_without_a_lost_host_a_stage_takes_what_there_is_and_grows_when_it_is_ba
     assert not room.could_grow(STAGE["fine"], smaller)
 
 
-def test_a_stage_that_is_taken_over_keeps_its_gpus(monkeypatch):
-    monkeypatch.setattr("launcher.processes.gpus", lambda: tuple("0123"))
-    two = recipe("parallel=2")
-    first = LocalRoom(two)
-    shares = [first.take(STAGE[name]) for name in ("semantic", "coarse")]
-    assert [in_words(share) for share in shares] == ["localhost:0,2", "localhost:1,3"]
-    later = LocalRoom(two)
-    assert in_words(later.again(in_words(shares[1]))) == "localhost:1,3"
-    assert in_words(later.take(STAGE["fine"])) == "localhost:0,2"
-    assert later.take(STAGE["semantic"]) is None
+def test_what_is_taken_over_keeps_its_gpus_to_itself(monkeypatch):
+    monkeypatch.setattr("launcher.room.Machine.here", lambda: Machine(8, ("0", "1", "2", "3")))
+    two = recipe("parallel=2", "stage_defaults.train.ranks=2")
+    before = LocalRoom(two)
+    shares = [before.take(STAGE["semantic"]), before.take(STAGE["coarse"])]
+    for left, free in (shares, reversed(shares)):
+        room = LocalRoom(two)
+        room.again(in_words(left))
+        assert in_words(room.take(STAGE["fine"])) == in_words(free)
+        assert room.take(STAGE["tokens"]) is None
+
+
+def test_a_host_that_is_lost_again_while_it_is_looked_at_leaves_no_look_behind(tmp_path, monkeypatch):
+    room = HostRoom(recipe(), FOUR, {}, tmp_path)
+    monkeypatch.setattr("launcher.room.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.room.module_on", lambda *_: ["sleep", "100"])
+    room.lose("beta")
+    assert not list(room.returned())
+    (look,) = psutil.Process().children()
+    room.lose("beta")
+    room.close()
+    assert not look.is_running()
 
 
 def test_a_smaller_number_of_ranks_still_divides_the_batch():

@@ -172,6 +172,7 @@ def test_a_host_that_answers_again(tmp_path: Path) -> None:
     own = report(tmp_path, "recipe.yaml")
     host = Host("beta", 1)
     assert returned(host, json.dumps(own), own) == []
+    assert returned(host, f"Welcome to beta!\n{json.dumps(own)}\n", own) == []  # by the start-up files of its shell
     rebooted = report(tmp_path / "not-mounted", "recipe.yaml")
     assert "must share the run folder" in returned(host, json.dumps(rebooted), own)[0]
     updated = changed(own, code="0123", packages={**own["packages"], "torch": "9.9"})

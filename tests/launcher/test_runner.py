@@ -15,7 +15,7 @@ from data.lock import holder, locked
 from launcher.outcome import gist, user_message
 from launcher.processes import Machine, ranks
 from launcher.recipe import load_recipe
-from launcher.run_folder import RunFolder
+from launcher.run_folder import RunFolder, read_state
 from launcher.runner import space_needed
 from launcher.stages import STAGES
 from launcher.stopping import stop
@@ -148,6 +148,27 @@ def test_a_stage_that_no_run_has_begun_can_be_started_by_hand(run):
     assert [line for line in output.splitlines() if line.endswith(": started")] == ["d: started"]
 
 
+@pytest.mark.parametrize(("state", "seed"), [("failed", "seed=0"), ("running", "seed=5")])
+def test_what_a_clusters_job_has_said_is_forgotten_when_it_is_over(run, state, seed, monkeypatch):
+    """Of a job that failed, whose stage was then made by hand; and of one that was killed without a word, whose stage
+    is made anew here."""
+    assert build(run)[0] == 0
+    told = json.loads((run / "state.json").read_text())
+    told["stages"]["b"] |= {"backend": "slurm", "job": "7", "state": state, "error": "of long ago"}
+    (run / "state.json").write_text(json.dumps(told))
+    (run / "jobs" / "b.json").write_text(json.dumps({"job": "7", "state": state, "error": "of long ago"}))
+    # As Slurm answers when it knows nothing of a job any more.
+    squeue = run.with_name("bin") / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\nexit 0\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    code, output = build(run, seed)
+    assert code == 0, output
+    entry = read_state(run)["stages"]["b"]
+    assert (entry["state"], entry["error"]) == ("done", None)
+
+
 def test_a_stage_that_another_job_works_in_is_not_moved_away(run):
     assert build(run)[0] == 0
     with locked(run / "b"):
@@ -159,11 +180,17 @@ def test_a_stage_that_another_job_works_in_is_not_moved_away(run):
     assert (run / "previous" / "b" / "manifest.json").exists()
 
 
-def test_a_taken_port_is_tried_once_more(run):
-    tell(run, "c", "busy port")
-    code, output = build(run)
+def test_a_stage_whose_port_was_taken_gets_another(run):
+    told = tell(run, "c", "busy port once")
+    code, output = build(run, "restarts.limit=0")
     assert code == 0
     assert "c: its port was taken; trying another" in output
+    # So it does when it is started again for another reason, and not for ever.
+    told.write_text("hung, busy port")
+    code, output = build(run, "evaluation.prompts=3", "restarts.pause=0.1", "restarts.limit=2")
+    assert code == 1
+    assert output.count("c: it hung") == 1
+    assert output.count("c: its port was taken; trying another") == 2
 
 
 @pytest.mark.parametrize(
@@ -286,6 +313,18 @@ def test_an_interrupt_ends_everything_and_says_how_to_go_on(run):
     assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == "interrupted"
     told.unlink()
     assert build(run)[0] == 0
+
+
+def test_nohup_keeps_it_going_when_the_terminal_closes(run):
+    told, child = tell(run, "b", "wait"), run.with_name("child")
+    command = ["nohup", sys.executable, str(FAKE), str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: child.exists() and child.read_text())
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    told.unlink()
+    code, output = finish(process)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("now", [False, True])
