@@ -18,7 +18,7 @@ from launcher.backends import Job
 from launcher.backends.direct import Direct
 from launcher.display import Display
 from launcher.graph import Origin, StageState
-from launcher.outcome import BUSY_PORT, again_from, checkpoint_step, make_way, not_made, why
+from launcher.outcome import BUSY_PORT, again_from, got_on, how_far, make_way, not_made, why
 from launcher.placement import Share, count, in_words
 from launcher.recipe import Recipe
 from launcher.restarts import Ended
@@ -46,8 +46,8 @@ class Running:
     log_start: int
     """Where this attempt's output begins."""
     started: float
-    step: int | None
-    """Of the newest checkpoint when it started."""
+    begun_at: int | None
+    """How far the stage was when it started."""
     growing: bool = False
     """Whether it was told to save so that it can go on with more hosts."""
 
@@ -147,9 +147,9 @@ class Execution:
             share = self.room.again(entry["hosts"])
             log = self.backend.logs(entry["job"])
             started = time.monotonic() - (time.time() - entry["started"])
-            step = entry.get("step")
             self.waiting.remove(stage)
-            self.running.append(Running(stage, entry["job"], share, log, entry["log_start"], started, step))
+            running = Running(stage, entry["job"], share, log, entry["log_start"], started, entry["begun_at"])
+            self.running.append(running)
             self.tries[stage.name].attempts = entry.get("attempt", 1)
             self.display.begin(stage.name, "before, and taken over")
 
@@ -180,18 +180,18 @@ class Execution:
             return
         if previous is not None:
             self.display.say(f"{name}: outdated ({escape('; '.join(reasons or ()))}); moved to {escape(str(previous))}")
-        (path / "progress" / f"{name}.json").unlink(missing_ok=True)
         tries.attempts += 1
         log = path / "logs" / f"{name}.log"
-        log_start, step = log.stat().st_size if log.exists() else 0, checkpoint_step(path / name)
-        noted = {"hosts": in_words(share), "attempt": tries.attempts, "log_start": log_start, "step": step}
+        log_start, begun_at = log.stat().st_size if log.exists() else 0, how_far(path, stage)
+        (path / "progress" / f"{name}.json").unlink(missing_ok=True)
+        noted = {"hosts": in_words(share), "attempt": tries.attempts, "log_start": log_start, "begun_at": begun_at}
         origin = self.origins[name].to_json()
         self.folder.record(
             name, state="running", started=time.time(), made_from=origin, job=None, backend=DIRECT, **noted
         )
         job = Job(path, self.recipe, stage, share, tries.attempts)
         handle = self.backend.submit(job, lambda handle: self.folder.record(name, job=handle))
-        self.running.append(Running(stage, handle, share, log, log_start, time.monotonic(), step))
+        self.running.append(Running(stage, handle, share, log, log_start, time.monotonic(), begun_at))
         self.display.begin(name, self.room.where(share))
 
     def _collect(self) -> None:
@@ -248,8 +248,7 @@ class Execution:
             self._again(job.stage, 0.0, "its port was taken; trying another")
             return
         message, code = why(job.stage, self.folder.path, output, ended.code)
-        newest = checkpoint_step(self.folder.path / name)
-        progressed = newest is not None and newest > (job.step or 0)
+        progressed = got_on(job.begun_at, how_far(self.folder.path, job.stage))
         pause = restarts.restart_after(ended, tries.failures, progressed, self.recipe.restarts)
         if (code == 2 and not ended.lost) or pause is None:
             self._note_failure(job.stage, message, code, job)

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 from data.processes import disk_full
+from launcher.display import read_progress
 from launcher.graph import STAGE_FILE, Origin, problems
 from launcher.run_folder import RunFolder
 from launcher.stage import Stage
@@ -54,6 +55,22 @@ def why(stage: Stage, run: Path, output: str, code: int) -> tuple[str, int]:
     if message is not None:
         return message, 1 if code == HUNG else 2
     return gist(output, code, first=stage.ranked), 1
+
+
+def how_far(run: Path, stage: Stage) -> int | None:
+    """What tells an attempt that got on from one that did not: the step of a training's newest checkpoint, or what is
+    done of a stage that is resumed; None for others, which start from nothing each time."""
+    if stage.trained:
+        return checkpoint_step(run / stage.name)
+    if not stage.resumed or not artifact.unfinished(run / stage.name).exists():
+        return None
+    row = read_progress(run / "progress" / f"{stage.name}.json")
+    return row and row["done"]
+
+
+def got_on(before: int | None, now: int | None) -> bool:
+    """Whether an attempt got further than it began, by `how_far` then and now."""
+    return now is not None and now > (before or 0)
 
 
 def checkpoint_step(folder: Path) -> int | None:

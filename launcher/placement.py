@@ -199,9 +199,9 @@ def _problems(
     key = f"stages.{stage.name}.train.ranks" if wanted is None else f"placement.{stage.name}"
     total = sum(host.slots for host in hosts)
     if isinstance(wanted, str) and (match := NODES.fullmatch(wanted)) and int(match[1]) > len(hosts):
-        yield f"{key} asks for {wanted}, but the hostfile names {len(hosts)}."
+        yield f"{key} asks for {wanted}, but the cluster has {len(hosts)}."
     elif ranks > total:
-        yield f"{key} asks for {ranks} slots, but the hostfile has {total}: lower it, or name more hosts."
+        yield f"{key} asks for {ranks} slots, but the cluster has {total}: lower it, or name more hosts."
     elif not can_be_placed(hosts, ranks):
         yield f"{key}: {ranks} slots, as many on each host, cannot be had of {', '.join(map(_slots, hosts))}."
     elif stage.trained and not divides(recipe, stage.name, ranks):

@@ -25,7 +25,7 @@ from launcher.backends.slurm import job_log
 from launcher.backends.slurm_commands import ask, hostnames, tasks_per_node
 from launcher.graph import Origin, stage_named
 from launcher.job_record import read_job, record_job
-from launcher.outcome import BUSY_PORT, checkpoint_step, not_made, why
+from launcher.outcome import BUSY_PORT, got_on, how_far, not_made, why
 from launcher.placement import Part, in_words
 from launcher.processes import LOCK_SECONDS
 from launcher.recipe import read_run_recipe
@@ -91,7 +91,7 @@ class Attempt:
         self.began = time.time()
         before = read_job(self.run, self.stage.name) or {}
         self.before = before if before.get("job") == self.job else {}
-        self.step = checkpoint_step(self.folder)
+        self.begun_at = how_far(self.run, self.stage)
         self.restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def go(self) -> int:
@@ -149,8 +149,8 @@ class Attempt:
                 self._record(state="interrupted", error=None)
                 return SAVED
         message, kind = why(self.stage, self.run, output, code)
-        ended, newest = Ended(code, tuple(LOST_NODE.findall(output))), checkpoint_step(self.folder)
-        progressed = newest is not None and newest > (self.step or 0)
+        ended = Ended(code, tuple(LOST_NODE.findall(output)))
+        progressed = got_on(self.begun_at, how_far(self.run, self.stage))
         failures = 0 if progressed else self.before.get("failures", 0)
         again = restarts.restart_after(ended, failures, progressed, read_run_recipe(self.run).restarts)
         if (kind == 2 and not ended.lost) or again is None:

@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from launcher.hosts import Host
+from launcher.outcome import got_on, how_far
 from launcher.placement import Places, counts, in_words, parse_share, shares
 from launcher.processes import Machine
 from launcher.recipe import load_recipe
@@ -59,11 +60,11 @@ def test_all_that_a_cluster_does_not_have_is_named_at_once():
     with pytest.raises(UserError) as raised:
         wanted(FOUR, *keys)
     assert str(raised.value).splitlines() == [
-        "placement.semantic asks for 16 slots, but the hostfile has 8: lower it, or name more hosts.",
-        "placement.coarse asks for 3 nodes, but the hostfile names 2.",
+        "placement.semantic asks for 16 slots, but the cluster has 8: lower it, or name more hosts.",
+        "placement.coarse asks for 3 nodes, but the cluster has 2.",
         "placement.fine: 5 slots, as many on each host, cannot be had of alpha (4), beta (4).",
     ]
-    with pytest.raises(UserError, match=r"stages\.fine\.train\.ranks asks for 12 slots, but the hostfile has 8"):
+    with pytest.raises(UserError, match=r"stages\.fine\.train\.ranks asks for 12 slots, but the cluster has 8"):
         wanted(FOUR, "stages.fine.train.ranks=12")
     uneven = ["placement.fine=6", "stages.fine.train.global_batch=16", "stages.fine.train.ranks=2"]
     with pytest.raises(UserError, match=r"placement\.fine: global_batch 16 cannot be divided over 6 ranks"):
@@ -149,3 +150,16 @@ def test_what_is_started_again_and_when(ended, failures, progressed, seconds):
     assert restart_after(ended, failures, progressed, RestartsConfig()) == seconds
     if seconds:
         assert restart_after(ended, failures, progressed, RestartsConfig(pause=1000)) == 300
+
+
+def test_what_counts_as_getting_on(tmp_path):
+    coarse, tokens = STAGE["coarse"], STAGE["tokens"]
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress" / "tokens.json").write_text('{"done": 7}')
+    assert [how_far(tmp_path, stage) for stage in (coarse, tokens, STAGE["corpus"])] == [None, None, None]
+    (tmp_path / "coarse" / "checkpoints" / "step-00000012").mkdir(parents=True)
+    (tmp_path / ".tokens.unfinished").mkdir()  # what was done is not lost
+    assert [how_far(tmp_path, stage) for stage in (coarse, tokens)] == [12, 7]
+    assert got_on(None, 12)
+    assert not got_on(12, 12)
+    assert not got_on(None, None)
