@@ -240,7 +240,7 @@ class Execution:
 
     def _mend(self, job: Running, ended: Ended) -> None:
         """Starts a stage again whose job has failed, or notes why not."""
-        name, tries = job.stage.name, self.tries[job.stage.name]
+        tries = self.tries[job.stage.name]
         output = job.output()
         # Each attempt has another port, so that it is no fault of the program, whichever attempt it was.
         if job.stage.ranked and tries.failures <= self.recipe.restarts.limit and BUSY_PORT.search(output):
