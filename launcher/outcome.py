@@ -65,7 +65,7 @@ def how_far(run: Path, stage: Stage) -> int | None:
     if not stage.resumed or not artifact.unfinished(run / stage.name).exists():
         return None
     row = read_progress(run / "progress" / f"{stage.name}.json")
-    return row and row["done"]
+    return row["done"] if row else None
 
 
 def got_on(before: int | None, now: int | None) -> bool:
