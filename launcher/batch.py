@@ -13,7 +13,7 @@ from rich.table import Table
 
 from launcher import runner
 from launcher.backends import BatchBackend, Job
-from launcher.backends.others import ENDED, check_others
+from launcher.backends.others import check_others, over
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
 from launcher.outcome import make_way
 from launcher.placement import Share, count
@@ -83,7 +83,7 @@ def living(folder: RunFolder, found: Mapping[str, Origin], backend: BatchBackend
     for name, entry in folder.state["stages"].items():
         handle = entry.get("job")
         # A job that has said how it ended may take a moment longer to be gone.
-        if handle is None or entry.get("backend") != backend.name or entry["state"] in ENDED:
+        if handle is None or entry.get("backend") != backend.name or over(entry):
             continue
         if backend.poll(handle) is not None:
             continue

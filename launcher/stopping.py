@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.lock import Holder, holder
 from launcher.backends import Backend
-from launcher.backends.others import ENDED, backend_named
+from launcher.backends.others import backend_named, over
 from launcher.job_record import supervisor
 from launcher.recipe import read_run_recipe
 from launcher.run_folder import DIRECT, may_run, read_state
@@ -63,7 +63,7 @@ def _submitted(run: Path) -> dict[str, tuple[Backend, str]]:
     entries = {
         name: entry
         for name, entry in read_state(run)["stages"].items()
-        if entry.get("job") and (entry.get("backend") or DIRECT) != DIRECT and entry["state"] not in ENDED
+        if entry.get("job") and (entry.get("backend") or DIRECT) != DIRECT and not over(entry)
     }
     if not entries:
         return {}

@@ -32,6 +32,13 @@ def batch_backend(name: str, run: Path, recipe: Recipe) -> BatchBackend:
     return Kubernetes(run, recipe.kubernetes)
 
 
+def over(entry: Mapping[str, Any]) -> bool:
+    """Whether nothing of a stage runs or waits to run, by its own word alone. Kubernetes starts pods again that have
+    said that they failed or were interrupted: where it can be asked, it must be."""
+    again = entry.get("backend") == "kubernetes" and entry["state"] != "done" and shutil.which("kubectl") is not None
+    return entry["state"] in ENDED and not again
+
+
 def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
     """Forgets the jobs of another backend than `name` that have ended without a word: what is said of them must not
     stand in the way of what comes.
@@ -43,7 +50,7 @@ def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
         other, handle = entry.get("backend") or DIRECT, entry.get("job")
         if other == name or handle is None:
             continue
-        if entry.get("state") in ENDED:
+        if over(entry):
             folder.record(stage, job=None)
             continue
         if other == DIRECT:
@@ -54,7 +61,7 @@ def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
             what = "as it was started from here" if other == DIRECT else f"as job {handle} of {other}"
             problems.append(f"{stage} still runs or waits, {what}: `stretto stop {folder.path}` ends it.")
         else:
-            folder.record(stage, state="interrupted", job=None)
+            folder.record(stage, state=entry["state"] if entry["state"] in ENDED else "interrupted", job=None)
     if problems:
         raise UserError("\n".join(problems))
 

@@ -12,15 +12,19 @@ from kubernetes_jobs import config, share
 
 from launcher.backends import Job
 from launcher.backends.kubernetes import Kubernetes
+from launcher.backends.others import check_others
 from launcher.batch import jobs_for
 from launcher.graph import stage_named
 from launcher.job_record import record_job
 from launcher.recipe import load_recipe
 from launcher.restarts import Ended
+from launcher.run_folder import DIRECT, RunFolder
 from launcher.stages import STAGES
+from launcher.stopping import stop
 from model.errors import UserError
 from trainer.exit_codes import DIVERGED, FAULT, SAVED
 
+KEYS = ("namespace=team", "image=registry.example/stretto:0.1.0")
 JOBSET = "jobset.sigs.k8s.io/jobset-name"
 
 
@@ -163,6 +167,27 @@ def test_a_stage_whose_inputs_failed_has_ended_and_one_the_cluster_forgot_is_as_
     assert backend.poll(handles["samples"]) == Ended(SAVED)
     record_job(tmp_path / "run", "samples", handles["samples"], state="done")
     assert backend.poll(handles["samples"]) == Ended(0)
+
+
+@pytest.mark.parametrize("state", ["interrupted", "failed"])
+def test_what_the_cluster_starts_again_can_be_stopped_and_keeps_others_out(cluster, backend, tmp_path, state):
+    """A pod that has failed, or saved because its node was drained, is not the end of its stage."""
+    run, recipe = tmp_path / "run", load_recipe("quickstart", [f"kubernetes.{key}" for key in KEYS])
+    with RunFolder.opened(run, recipe) as folder:
+        folder.adopt(recipe)
+        handle = submit(backend, tmp_path, [stage_named("corpus")])["corpus"]
+        cluster.add("jobsets", handle, status={})
+        # What Argo says once it is deleted.
+        (submitted,) = workflows(cluster)
+        submitted["status"] = {"phase": "Failed", "nodes": {"1": {"displayName": "corpus", "phase": "Failed"}}}
+        folder.record("corpus", backend="kubernetes", job=handle, state="waiting")
+        record_job(run, "corpus", handle, state=state)
+    with RunFolder.opened(run, recipe) as folder, pytest.raises(UserError, match="corpus still runs or waits"):
+        check_others(folder, recipe, DIRECT)
+    stop(run, say=lambda _: None)
+    assert ("jobsets", handle) in [(kind, name) for kind, name, _ in cluster.deleted]
+    with RunFolder.opened(run, recipe) as folder:
+        check_others(folder, recipe, DIRECT)
 
 
 def test_a_stage_is_let_save_or_ended_at_once_and_one_that_waits_does_not_begin(cluster, backend, tmp_path):
