@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import runner
+from launcher import runner, stages
 from launcher.backends import BatchBackend, Job
 from launcher.backends.others import check_others, over
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
@@ -27,6 +27,8 @@ from model.errors import UserError
 from trainer.exit_codes import DIVERGED, SAVED
 
 POLL_SECONDS = 5.0
+SILENCE_SECONDS = 900.0
+"""How long a cluster that is waited for may give no answer."""
 INTERRUPTED = 130
 
 
@@ -55,7 +57,7 @@ def run(
         check_others(folder, recipe, backend.name)
         states = state_of(folder.path, recipe, found)
         todo = plan_stages(states, only)
-        lives = living(folder, found, backend)
+        lives = living(folder, found, states, backend)
         new = [stage for stage in todo if stage.name not in lives]
         jobs = _checked(folder, recipe, found, new, backend, lives)
         folder.adopt(recipe)
@@ -74,18 +76,27 @@ def run(
     return wait_for(folder.path, backend, handles, console) if wait else 0
 
 
-def living(folder: RunFolder, found: Mapping[str, Origin], backend: BatchBackend) -> dict[str, str]:
-    """Handles of the jobs that an earlier command has submitted and that have not ended, by their stages.
+def living(
+    folder: RunFolder, found: Mapping[str, Origin], states: Mapping[str, StageState], backend: BatchBackend
+) -> dict[str, str]:
+    """Handles of the jobs that an earlier command has submitted and that have not ended, by their stages. One that
+    waits for what nobody makes any more, since that was cancelled, is called off.
 
     Raises UserError where one makes something else than what is asked for now.
     """
-    handles, problems = {}, []
-    for name, entry in folder.state["stages"].items():
+    handles: dict[str, str] = {}
+    problems = []
+    for stage in stages.STAGES:
+        name, entry = stage.name, folder.entry(stage.name)
         handle = entry.get("job")
         # A job that has said how it ended may take a moment longer to be gone.
         if handle is None or entry.get("backend") != backend.name or over(entry):
             continue
         if backend.poll(handle) is not None:
+            continue
+        never = any(not states[need].done and need not in handles for need in stage.needs)
+        if never and backend.joins and entry["state"] == "waiting":
+            backend.cancel(handle)
             continue
         handles[name] = handle
         if Origin(**entry["made_from"]).fingerprint != found[name].fingerprint:

@@ -52,9 +52,13 @@ class Running:
     """Whether it was told to save so that it can go on with more hosts."""
 
     def output(self) -> str:
-        with self.log.open("rb") as file:
-            file.seek(self.log_start)
-            return file.read().decode(errors="replace")
+        """What this attempt has printed; nothing where somebody has removed the log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self.log_start)
+                return file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
 
 
 @dataclass
@@ -112,9 +116,7 @@ class Execution:
                     if self.stops:
                         self._stop_all()
             finally:
-                self.room.close()
-                for job in self.running:  # only after a fault of ours
-                    self.backend.cancel(job.handle, now=True)
+                self.room.close()  # after a fault of ours what runs goes on: the same command takes it over
         if self.stops:
             self.display.say("Stopped. Nothing that was finished or saved is lost: the same command continues.")
         return INTERRUPTED if self.stops else self.code

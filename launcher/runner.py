@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,17 +12,19 @@ from rich.markup import escape
 
 from launcher import stages
 from launcher.backends import Job
-from launcher.backends.direct import Direct
+from launcher.backends.direct import KILLED, Direct
 from launcher.backends.others import check_others
 from launcher.execution import Execution
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
-from launcher.hosts import LOCALHOST, Host, crossing, module_on, read_hostfile
+from launcher.hosts import LOCALHOST, Host, crossing, is_here, module_on, read_hostfile
+from launcher.job import LEASE
 from launcher.job_record import alive, elsewhere, supervisor
 from launcher.outcome import make_way
 from launcher.placement import Share, parse_share, shares
 from launcher.places import check_places
 from launcher.preflight import check_hosts
 from launcher.recipe import Recipe
+from launcher.restarts import Ended
 from launcher.room import HostRoom, LocalRoom, Room
 from launcher.run_folder import DIRECT, RunFolder, check_owner
 from launcher.stage import Stage
@@ -138,7 +141,9 @@ def check_survivors(folder: RunFolder, found: dict[str, Origin], hosts: Sequence
                 f"good, remove {folder.path / 'jobs' / name}.json first."
             )
         elif not alive(handle):
-            Direct(folder.path).poll(handle)
+            remote = any(not is_here(part.host) for part in parse_share(entry["hosts"], hosts))
+            if Direct(folder.path).poll(handle) == Ended(KILLED) and remote:
+                time.sleep(LEASE)  # a host that was cut off as the supervisor died has not heard of it
             folder.record(name, state="interrupted", job=None)
         elif any(part.host not in known for part in parse_share(entry["hosts"], hosts)):
             problems.append(

@@ -62,13 +62,14 @@ class Told:
     """
 
     def __init__(self) -> None:
+        self.anything = False
         self.to_end = False
         self.srun: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._heed)
 
     def _heed(self, number: int, frame: object) -> None:
-        self.to_end = self.to_end or number == signal.SIGTERM
+        self.anything, self.to_end = True, self.to_end or number == signal.SIGTERM
         what = "to end" if self.to_end else "that its time is nearly up"
         os.write(2, f"this job is told {what}; its ranks save\n".encode())  # print may be interrupted by itself
         if self.srun is not None and self.srun.poll() is None:
@@ -117,7 +118,7 @@ class Attempt:
         if self.restarted:
             env[PATIENCE] = str(LOCK_SECONDS)
         self.told.srun = subprocess.Popen(self._command(), env=env, stdin=subprocess.DEVNULL)
-        if self.told.to_end:
+        if self.told.anything:  # before there was an srun to pass it on to
             self.told.srun.send_signal(signal.SIGUSR1)
         code = self.told.srun.wait()
         output = self.log.read_bytes()[begins:] if self.log.exists() else b""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -116,11 +117,11 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
 
 
 def _wait_until_ready(process: subprocess.Popen[str], folder: Path) -> int:
-    import select
-
     assert process.stdout is not None
+    words = select.poll()  # select.select takes no descriptor above 1023
+    words.register(process.stdout, select.POLLIN)
     deadline = time.monotonic() + START_SECONDS
-    while not select.select([process.stdout], [], [], 0.2)[0]:
+    while not words.poll(200):
         if process.poll() is not None or time.monotonic() > deadline:
             break
     else:

@@ -17,6 +17,8 @@ from small_runs import CLIP, SMALL, caption_everything, music_folder
 
 from data.shard_cache import least_cache
 from data.token_corpus import TokenCorpus
+from launcher.job_record import supervisor
+from launcher.run_folder import read_state
 from model.artifact import file_digest
 from trainer.metrics_reader import last_metrics
 
@@ -63,8 +65,10 @@ def kill_amid(command, run):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, "it saved nothing"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)  # its stages end with it
+    job = read_state(run)["stages"]["coarse"]["job"]
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    os.kill(supervisor(job).pid, signal.SIGKILL)  # all it has started ends with it
 
 
 def test_tokens_in_a_bucket_train_the_same_model_through_a_small_cache(prepared, s3):
