@@ -178,7 +178,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except json.JSONDecodeError:  # a lock that nobody holds is empty
+    except json.JSONDecodeError:  # torn as a machine lost power
         return None
 
 
