@@ -100,6 +100,8 @@ class Execution:
         self.display = Display(console, folder.path / "progress")
         self.code = 0
         self.stops = 0
+        self.stuck = False
+        """Whether it has been said that nothing can run until a host is back."""
 
     def run(self) -> int:
         """Builds the stages and returns the exit code. A failed stage lets those that run go on, also where they must
@@ -169,7 +171,11 @@ class Execution:
             share = self.room.take(stage)
             if share is not None:
                 self.waiting.remove(stage)
+                self.stuck = False
                 self._start(stage, share)
+            elif not self.running and not self.stuck:
+                self.stuck = True
+                self.display.say(f"{stage.name}: there is no host left to run it; waiting until one can be reached.")
 
     def _start(self, stage: Stage, share: Share) -> None:
         name, path, tries = stage.name, self.folder.path, self.tries[stage.name]

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +23,20 @@ from launcher.stage import Stage
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 15.0
-"""Between two looks whether a lost host is back."""
+"""Until the first look whether a lost host is back, and between two; twice as long each time it is lost again."""
+LONGEST_WAIT = 600.0
+ANSWER_SECONDS = 60.0
+"""How long a look may take: the disk of a host that answers may hang."""
+
+
+@dataclass
+class Look:
+    """At a host that is lost, or was."""
+
+    due: float = 0.0
+    """When the next begins, or the one under way is given up."""
+    process: subprocess.Popen[bytes] | None = None
+    losses: int = 0
 
 
 class Room(Protocol):
@@ -127,8 +141,7 @@ class HostRoom:
         self._wanted = dict(wanted)
         self._run = run
         self._places = Places(hosts)
-        self._looks: dict[str, subprocess.Popen[bytes] | float] = {}
-        """For each lost host a look that is under way, or when the next is due."""
+        self._looks: dict[str, Look] = {}
         self._refused: set[str] = set()
 
     def take(self, stage: Stage) -> Share | None:
@@ -148,22 +161,27 @@ class HostRoom:
         return f"on {in_words(share)}"
 
     def lose(self, host: str) -> None:
+        if host in self._places.lost:
+            return  # by two stages one after the other
         self._places.lost.add(host)
-        # Two stages may lose it one after the other: a look that is under way then is not begun anew.
-        self._looks.setdefault(host, time.monotonic() + LOOK_SECONDS)
+        look = self._looks.setdefault(host, Look())
+        look.due = time.monotonic() + min(LONGEST_WAIT, LOOK_SECONDS * 2**look.losses)
+        look.losses += 1
 
     def returned(self) -> Iterator[str]:
-        for host, look in list(self._looks.items()):
-            if isinstance(look, float):
-                if time.monotonic() >= look:
-                    self._looks[host] = self._look(host)
-            elif look.poll() is not None:
-                if look.returncode == 0 and self._fit(host, look):
-                    del self._looks[host]
+        for host in sorted(self._places.lost):
+            look, now = self._looks[host], time.monotonic()
+            if look.process is None:
+                if now >= look.due:
+                    look.process, look.due = self._look(host), now + ANSWER_SECONDS
+            elif look.process.poll() is not None:
+                fit = look.process.returncode == 0 and self._fit(host, look.process)
+                look.process, look.due = None, now + LOOK_SECONDS
+                if fit:
                     self._places.lost.discard(host)
                     yield host
-                else:
-                    self._looks[host] = time.monotonic() + LOOK_SECONDS
+            elif now >= look.due:
+                look.process.kill()
 
     def _look(self, host: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -200,6 +218,6 @@ class HostRoom:
 
     def close(self) -> None:
         for look in self._looks.values():
-            if not isinstance(look, float):
-                look.kill()
-                look.wait()
+            if look.process is not None:
+                look.process.kill()
+                look.process.wait()

@@ -123,6 +123,26 @@ def test_a_host_that_is_lost_again_while_it_is_looked_at_leaves_no_look_behind(t
     assert not look.is_running()
 
 
+def test_a_host_that_comes_and_goes_is_trusted_less_each_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("launcher.room.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("launcher.room.module_on", lambda *_: ["true"])
+    monkeypatch.setattr("launcher.room.returned", lambda *_: [])  # it is fit
+    room = HostRoom(recipe(), FOUR, {}, tmp_path)
+    waits = []
+    for _ in range(3):
+        room.lose("beta")
+        lost = clock[0]
+        while not list(room.returned()):
+            process = room._looks["beta"].process
+            if process is None:
+                clock[0] += 1
+            else:
+                process.wait()
+        waits.append(clock[0] - lost)
+    assert waits == [15, 30, 60]
+
+
 def test_a_smaller_number_of_ranks_still_divides_the_batch():
     assert counts(recipe(), STAGE["fine"], 7) == [6, 4, 3, 2, 1]
     assert counts(recipe(), STAGE["tokens"], 3) == [3, 2, 1]
