@@ -98,7 +98,7 @@ def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(cluster, tm
     assert "semantic: is saving, to go on with more than 1 ranks" in output
     assert entry(run, "semantic")["state"] == "interrupted"
     saved = max(int(name.removeprefix("step-")) for name in checkpoints(run))
-    assert saved == steps(run)[-1]
+    assert saved >= steps(run)[-1]  # every other step is logged
 
     process = start()
     output = process.communicate(timeout=2 * PATIENCE)[0]
