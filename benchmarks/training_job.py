@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data.shard_writer import write_records
-from launcher.processes import free_port
 from launcher.recipe import RECIPE, Recipe, dump_recipe
 from model import artifact
 from model.config import StageName
@@ -111,3 +111,10 @@ def opened(run: Path, stage: StageName) -> Iterator[Training]:
     limits = config.hang_timeout, config.startup_timeout
     with Watchdog(heartbeat, setup.folder / "heartbeat", logs, rank, dist.get_world_size(), *limits):
         yield Training(setup, Engine(setup.build_model(), config), heartbeat)
+
+
+def free_port() -> int:
+    """A port that is free now; another process may take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

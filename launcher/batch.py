@@ -65,7 +65,7 @@ def run(
             # What a job has said of it before no longer counts: it may have been made by hand since.
             folder.record(name, state="done", reused=True, error=None, job=None, made_from=found[name].to_json())
         if not todo:
-            console.print(f"{path}: everything is up to date.", highlight=False, soft_wrap=True, markup=False)
+            runner.print_up_to_date(console, path, only)
             return 0
         handles = dict(lives)
         left = submit_all(folder, found, states, jobs, backend, handles, console) if jobs else None

@@ -70,8 +70,6 @@ class Tries:
     """Restarts in a row without a new checkpoint."""
     not_before: float = 0.0
     """When the next attempt may begin, on the monotonic clock."""
-    words: str = ""
-    """Why there is another."""
 
 
 class Execution:
@@ -265,8 +263,7 @@ class Execution:
         self._again(job.stage, pause, restarts.in_words(ended) if ended.lost or ended.code == SAVED else message)
 
     def _again(self, stage: Stage, pause: float, words: str) -> None:
-        tries = self.tries[stage.name]
-        tries.not_before, tries.words = time.monotonic() + pause, words
+        self.tries[stage.name].not_before = time.monotonic() + pause
         self.folder.record(
             stage.name, state="waiting", error=words, restarts=(self.folder.entry(stage.name).get("restarts") or 0) + 1
         )

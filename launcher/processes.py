@@ -174,10 +174,3 @@ def port_for(job: Job) -> int:
                 continue
             return port
     raise UserError(f"every port from {PORTS[0]} to {PORTS[-1]} is taken on this machine.")
-
-
-def free_port() -> int:
-    """A port that is free now; another process may take it before it is used."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

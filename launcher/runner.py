@@ -79,8 +79,7 @@ def run(
             if code:
                 return code
         else:
-            what = f"{', '.join(only)} " if only else "everything "
-            console.print(f"{path}: {what}is up to date.", highlight=False, soft_wrap=True, markup=False)
+            print_up_to_date(console, path, only)
         if all(state.done for state in state_of(folder.path, recipe, found).values()):
             _report(folder.path, list(states), console)
         return 0
@@ -157,6 +156,11 @@ def check_survivors(folder: RunFolder, found: dict[str, Origin], hosts: Sequence
             )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def print_up_to_date(console: Console, path: Path, only: Sequence[str]) -> None:
+    what = f"{', '.join(only)} " if only else "everything "
+    console.print(f"{path}: {what}is up to date.", highlight=False, soft_wrap=True, markup=False)
 
 
 def print_plan(console: Console, states: dict[str, StageState], todo: list[Stage]) -> None:
