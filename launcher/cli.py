@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 
 from data.processes import plain_errors
-from model.errors import UserError, nearest
+from launcher import weights_commands
+from launcher.arguments import Overrides, RecipeName, RunOption, RunPath, one_of, require_new
+from model.errors import UserError
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -23,18 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe (quickstart ...) or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Keys of the recipe to change: data.clips=500, or stage_defaults.train.steps=100 for every stage.",
-    ),
-]
-BY_STAGE = "NUMBER|STAGE=NUMBER,..."
-RunOption = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder made by `stretto run`.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by `stretto run`.")]
 
 
 def main() -> None:
@@ -225,7 +215,7 @@ def corpus(
     from launcher.display import ConsoleProgress
     from model import artifact
 
-    _require_new(folder)
+    require_new(folder)
     config = DataConfig(clips=clips)
     fingerprint = artifact.fingerprint("corpus", config.model_dump(mode="json"), seed)
     with (
@@ -263,7 +253,7 @@ def fit(
     run: RunOption,
 ) -> None:
     """Fit one of the parts that come before the tokens: codec, embedding or quantizers."""
-    _one_of(what, ("codec", "embedding", "quantizers"), "to fit")
+    one_of(what, ("codec", "embedding", "quantizers"), "to fit")
     _run_stage(run, what)
 
 
@@ -278,79 +268,12 @@ def train(stage: Annotated[str, typer.Argument(metavar="semantic|coarse|fine")],
     """Train one stage of a run on this machine, or go on with it."""
     from model.config import STAGES
 
-    _one_of(stage, STAGES, "to train")
+    one_of(stage, STAGES, "to train")
     _run_stage(run, stage)
 
 
-@app.command()
-def export(
-    run: RunPath,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    average: Annotated[bool, typer.Option("--average", help="The moving average of the weights (ema_decay).")] = False,
-) -> None:
-    """Write the bundle of a run whose three stages are trained: all that is needed to make music."""
-    from dataclasses import replace
-
-    from launcher.display import ConsoleProgress
-    from launcher.graph import origins
-    from launcher.recipe import read_run_recipe
-    from launcher.stages.bundle import average_bundle
-    from launcher.worker import build
-
-    _require_new(output)
-    origin = origins(read_run_recipe(run))["bundle"]
-    if average:
-        origin = replace(origin, keys={**origin.keys, "average": True})
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        build(run, origin, progress, output, average_bundle if average else None)
-    print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
-
-
-@app.command()
-def generate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run folder that has one.")],
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to play.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="WAV", help="Several get -1, -2 ... .")] = Path(
-        "out.wav"
-    ),
-    seconds: Annotated[float | None, typer.Option(help="Length; one window when not given.")] = None,
-    samples: Annotated[int, typer.Option(help="Pieces for each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same music.")] = 0,
-    cfg: Annotated[
-        str | None, typer.Option(metavar=BY_STAGE, help="Guidance: how closely to keep to the prompt; 1 is none.")
-    ] = None,
-    temperature: Annotated[
-        str | None, typer.Option(metavar=BY_STAGE, help="0 takes the likeliest, 1 draws freely.")
-    ] = None,
-    top_k: Annotated[str | None, typer.Option(metavar=BY_STAGE, help="Draw from so many of the likeliest.")] = None,
-    top_p: Annotated[
-        str | None, typer.Option(metavar=BY_STAGE, help="Draw from the likeliest that together have this probability.")
-    ] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Music longer than a window: the share of each that the next one takes up again.")
-    ] = 0.5,
-    like: Annotated[
-        Path | None, typer.Option(metavar="AUDIO", help="In the manner of a recording, not of words.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="A GPU where there is one, when not given.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="auto|fp32|bf16", help="Of the weights; auto is bf16 on a GPU, fp32 on a CPU.")
-    ] = "auto",
-) -> None:
-    """Make music from words, or in the manner of a recording.
-
-    --cfg, --temperature, --top-k and --top-p take one number, or one for each stage: semantic=0.8,coarse=0.5. Stages
-    that are not named do as the bundle says.
-    """
-    from launcher.generate import Request, generate_files, read_options
-
-    by_stage = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    options = read_options(by_stage, seconds=seconds, samples=samples, seed=seed, overlap=overlap)
-    request = Request(prompts or [], like, options, device, dtype)
-    for path, what in generate_files(bundle, request, output, Console(stderr=True)):
-        print(f"{path}: {what}")
+for _command in (weights_commands.export, weights_commands.generate):
+    app.command()(_command)
 
 
 def _run(recipe: Any, path: Path, only: list[str], dry_run: bool = False, hostfile: Path | None = None) -> None:
@@ -378,14 +301,3 @@ def _run_stage(run: Path, stage: str) -> None:
     from launcher.recipe import read_run_recipe
 
     _run(read_run_recipe(run), run, [stage])
-
-
-def _one_of(name: str, names: tuple[str, ...], purpose: str) -> None:
-
-    if name not in names:
-        raise UserError(f"there is nothing called {name!r} {purpose}.{nearest(name, names)} Choose {', '.join(names)}.")
-
-
-def _require_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name a new folder, so that nothing is overwritten.")
