@@ -4,11 +4,13 @@ The first line of its standard input is the task, as JSON (`launcher.processes.T
 and PING. When the input closes, by whatever death of its supervisor, or no byte comes for the task's `lease` seconds,
 because the network is cut, the whole process group is killed: a stage may have started processes that know nothing of
 the supervisor (the deepspeed command starts a second one, and that the ranks). The guard ends last, so its end is the
-end of the group, and nothing lives longer than the lease on a host that was given up.
+end of the group, and nothing lives longer than the lease on a host that was given up; should the guard itself be
+killed, a process that waits for that ends the group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -36,6 +38,7 @@ def main() -> int:
         signal.signal(number, lambda *_: None)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
+    _end_with_this_process()
     line = _read_line()
     if not line:
         return 1
@@ -50,6 +53,21 @@ def main() -> int:
             for process in others_in_group(os.getpgrp()):
                 process.kill()
     return code if code >= 0 else 128 - code
+
+
+def _end_with_this_process() -> None:
+    """Leaves a process behind, in a session of its own, that kills the group of this one when this one is gone."""
+    ended, held = os.pipe()  # no process that is started from here inherits them
+    group = os.getpgrp()
+    if os.fork():
+        os.close(ended)
+        return
+    os.setsid()
+    os.close(held)
+    os.read(ended, 1)  # nobody writes: it returns when the other end is closed, however its holder died
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)
 
 
 def environment(task: dict[str, Any]) -> dict[str, str]:

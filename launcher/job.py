@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launcher.guard import END, PING, SAVE
 from launcher.job_record import handle_of, record_job
 
@@ -64,8 +62,6 @@ def main() -> int:
     run, stage = Path(specification["run"]), specification["stage"]
     handle = handle_of(stage, os.getpid())
     nodes = [start(node) for node in specification["nodes"]]
-    guards = [[node.guard.pid, psutil.Process(node.guard.pid).create_time()] for node in nodes]
-    record_job(run, stage, handle, guards=guards)
     code = supervise(nodes, told)
     record_job(run, stage, handle, code=code, lost=[node.host for node in nodes if node.lost])
     return code if code >= 0 else 128 - code

@@ -1,5 +1,5 @@
-"""The supervisor of a stage's job: the handle that names it, and what it says: RUN/jobs/STAGE.json, whose one writer it
-is."""
+"""The supervisor of a stage's job: the handle that names it, and what it says: RUN/jobs/STAGE.json, which the launcher
+begins before the job does, and which then only its supervisor writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_job(run: Path, stage: str) -> dict[str, Any] | None:
 
 
 def record_job(run: Path, stage: str, job: str, **entry: Any) -> None:
-    """For the supervisor of a stage's job, which alone writes this: changes what is said of the stage.
+    """Changes what is said of the job of a stage.
 
     `job` is the handle by which the launcher knows it; what was said of another job is forgotten.
     """

@@ -15,7 +15,7 @@ from launcher.host_report import report
 from launcher.hosts import Host
 from launcher.reach import Answer, ask, ask_all, last_json
 from launcher.recipe import RECIPE
-from launcher.units import counted, size
+from launcher.units import counted
 from model import artifact
 from model.errors import UserError
 
@@ -26,14 +26,16 @@ Wrong = Iterator[tuple[str, str]]
 SAME = "Install the same on every host, or put it on a disk that all share."
 
 
-def check_hosts(hosts: Sequence[Host], run: Path, needed_bytes: int = 0) -> dict[str, str]:
+def check_hosts(hosts: Sequence[Host], run: Path, all_hosts: bool = True) -> dict[str, str]:
     """Where the other hosts reach each host, by its name. `run` need not be there yet.
 
-    Raises UserError with everything that keeps the hosts from working together in `run`, one line each.
+    Raises UserError with everything that keeps the hosts from working together in `run`, one line each; that one
+    cannot be reached counts only where they must be `all_hosts`.
     """
     own, answers = ask_hosts(hosts, run)
     reports = reports_of(hosts, own, answers)
-    problems = [f"{name} {answer.failure}. {answer.remedy}" for name, answer in answers.items() if answer.failure]
+    failed = {name: answer for name, answer in answers.items() if answer.failure and all_hosts}
+    problems = [f"{name} {answer.failure}. {answer.remedy}" for name, answer in failed.items()]
     for host in hosts:
         problems += amiss(host, reports.get(host.name, {}), own)
         problems += [f"{host.name}: {found}. {remedy}" for found, remedy in missing_gpus(host.name, reports)]
@@ -43,11 +45,6 @@ def check_hosts(hosts: Sequence[Host], run: Path, needed_bytes: int = 0) -> dict
     if own["folder"]["refused"]:
         problems.append(
             f"{own['folder']['path']} cannot be written: {own['folder']['refused']}. Choose another with -o."
-        )
-    if own["folder"]["free"] < needed_bytes:
-        problems.append(
-            f"the disk of {run} has {size(own['folder']['free'])} free; this run needs about {size(needed_bytes)}. "
-            "Make room, or choose a folder on another disk with -o."
         )
     if problems:
         raise UserError("\n".join(problems))

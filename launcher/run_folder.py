@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from data.lock import LOCK, locked
-from launcher.guard import others_in_group
 from launcher.job_record import alive, elsewhere, read_job
 from launcher.recipe import RECIPE, Recipe, dump_recipe, read_run_recipe
 from launcher.units import size
@@ -175,24 +170,6 @@ def check_owner(path: Path, recipe: Recipe) -> None:
     made_by = read_run_recipe(path).name
     if made_by != recipe.name:
         raise UserError(f"{path} was made by recipe {made_by!r}, not {recipe.name!r}: choose another folder with -o.")
-
-
-def end_group(group: int, started: float, run: Path) -> None:
-    """Kills process group `group` if it is what a run in `run` started at `started` (its number may be another's)."""
-    if not any(_is_ours(process, started, run) for process in others_in_group(group)):
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while any(others_in_group(group)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _is_ours(process: psutil.Process, started: float, run: Path) -> bool:
-    try:
-        return process.create_time() >= started - 1 and str(run) in process.cmdline()
-    except psutil.Error:
-        return False
 
 
 def _write_text(path: Path, text: str) -> None:

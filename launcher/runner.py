@@ -52,12 +52,7 @@ def run(
     console = console or Console()
     hosts = read_hostfile(hostfile) if hostfile else []
     if dry_run:
-        check_owner(path, recipe)
-        states = state_of(path, recipe)
-        todo = plan_stages(states, only)
-        print_plan(console, states, todo)
-        backend = Direct(path.absolute(), hosts)
-        _print_commands(console, backend, _room(recipe, path.absolute(), hosts, todo), recipe, path.absolute(), todo)
+        _dry_run(recipe, path, only, hosts, console)
         return 0
     # Taken once: the user's files may change while the run goes on.
     found = origins(recipe)
@@ -69,12 +64,17 @@ def run(
         # What an earlier launcher has left running is watched, whatever is asked for now.
         left = folder.running()
         todo = [one for one in stages.STAGES if one in chosen or (one.name in left and not states[one.name].done)]
-        addresses = _check(folder, recipe, found, todo, hosts)
+        # Hosts may be lost while a run goes on: what still runs is taken over without them.
+        addresses = _check(folder, recipe, found, todo, hosts, all_hosts=not left)
         folder.adopt(recipe)
         _note_states(folder, found, states, todo)
         if todo:
-            backend = Direct(folder.path, hosts, addresses)
             room = _room(recipe, folder.path, hosts, todo)
+            for host in hosts:
+                if host.name not in addresses:
+                    room.lose(host.name)
+                    console.print(f"[yellow]{host.name}[/] cannot be reached; it is left out until it can.")
+            backend = Direct(folder.path, hosts, addresses)
             code = Execution(folder, recipe, found, states, todo, console, backend, room).run()
             if code:
                 return code
@@ -85,15 +85,29 @@ def run(
         return 0
 
 
+def _dry_run(recipe: Recipe, path: Path, only: Sequence[str], hosts: Sequence[Host], console: Console) -> None:
+    check_owner(path, recipe)
+    states = state_of(path, recipe)
+    todo = plan_stages(states, only)
+    print_plan(console, states, todo)
+    backend = Direct(path.absolute(), hosts)
+    _print_commands(console, backend, _room(recipe, path.absolute(), hosts, todo), recipe, path.absolute(), todo)
+
+
 def _room(recipe: Recipe, run: Path, hosts: Sequence[Host], todo: Sequence[Stage]) -> Room:
     return HostRoom(recipe, hosts, shares(recipe, hosts, todo), run) if hosts else LocalRoom(recipe)
 
 
 def _check(
-    folder: RunFolder, recipe: Recipe, found: dict[str, Origin], todo: Sequence[Stage], hosts: Sequence[Host]
+    folder: RunFolder,
+    recipe: Recipe,
+    found: dict[str, Origin],
+    todo: Sequence[Stage],
+    hosts: Sequence[Host],
+    all_hosts: bool,
 ) -> dict[str, str]:
-    """Looks at all that a run will need and returns the addresses of `hosts`. Raises one UserError with all that is
-    wrong."""
+    """Looks at all that a run will need and returns the addresses of `hosts`, by their names, without those that
+    cannot be reached where they need not be `all_hosts`. Raises one UserError with all that is wrong."""
     addresses: dict[str, str] = {}
     needed = space_needed(recipe, todo)
     checks: list[Callable[[], object]] = [
@@ -102,7 +116,7 @@ def _check(
     ]
     if hosts:
         checks.append(lambda: shares(recipe, hosts, todo))
-        checks.append(lambda: addresses.update(check_hosts(hosts, folder.path)))
+        checks.append(lambda: addresses.update(check_hosts(hosts, folder.path, all_hosts)))
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
     return addresses

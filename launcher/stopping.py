@@ -46,7 +46,10 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
     if elsewhere:
         raise UserError(f"{run} is worked in on another machine: stop it there, with {' and '.join(elsewhere)}.")
     say(f"{run}: process {' and '.join(str(found.pid) for found in told)} is told to save and end.")
-    _signal(told, signal.SIGQUIT if now and not launcher and left else signal.SIGTERM)
+    if launcher or not now:
+        _signal(told, signal.SIGTERM)
+    else:  # without their first rank the others of a training by hand end as well
+        _signal(told, signal.SIGQUIT if left else signal.SIGKILL)
     if now and launcher:
         time.sleep(1)  # two signals at once may be taken for one
         _signal(told, signal.SIGTERM)

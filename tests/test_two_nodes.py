@@ -1,4 +1,5 @@
-"""A whole run on two real nodes: one is cut off while it trains and comes back, and the run is interrupted twice."""
+"""A whole run on two real nodes: one is cut off while it trains and comes back, the launcher is killed meanwhile, and
+the run is interrupted twice."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import time
 import pytest
 from small_runs import SMALL
 
+from data.lock import holder
 from launcher.run_folder import read_state
 from model import artifact
 
@@ -86,6 +88,16 @@ def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(cluster, tm
     before = checkpoints(run)
     wait_for(lambda: checkpoints(run) - before, process)
     assert not cluster.left("beta")  # what ran there has ended by itself
+
+    # What goes on without the lost node is taken over without it.
+    process.kill()
+    output = process.communicate()[0]
+    assert "beta can no longer be reached; it is left out until it can" in output
+    assert "semantic: beta can no longer be reached; it goes on from step" in output
+    process = start()
+    wait_for(
+        lambda: holder(run) and holder(run).pid == process.pid and entry(run, "semantic")["state"] == "running", process
+    )
     cluster.restore("beta")
     wait_for(lambda: entry(run, "semantic").get("hosts") == "alpha:0 beta:0", process)
     before = checkpoints(run)
@@ -93,8 +105,8 @@ def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(cluster, tm
 
     # Ctrl-C once saves.
     output = interrupt(cluster, process)
-    assert "beta can no longer be reached; it is left out until it can" in output
-    assert "semantic: beta can no longer be reached; it goes on from step" in output
+    assert "beta cannot be reached; it is left out until it can" in output
+    assert "semantic: started before, and taken over" in output
     assert "beta is back" in output
     assert "semantic: is saving, to go on with more than 1 ranks" in output
     assert entry(run, "semantic")["state"] == "interrupted"

@@ -16,10 +16,9 @@ from typing import Any
 from launcher.backends import Job
 from launcher.hosts import Host, module_on
 from launcher.job import LEASE
-from launcher.job_record import JOBS, alive, handle_of, read_job, supervisor
+from launcher.job_record import JOBS, alive, handle_of, read_job, record_job, supervisor
 from launcher.processes import Machine, Task, host_tasks, hostfile_text, local_tasks
 from launcher.restarts import Ended
-from launcher.run_folder import end_group
 
 KILLED = -int(signal.SIGKILL)
 
@@ -73,6 +72,7 @@ class Direct:
         handle = handle_of(job.stage.name, process.pid)
         self._started[handle] = process
         noted(handle)
+        record_job(job.run, job.stage.name, handle)  # as long as this says no code, it may run
         specification = {"run": str(job.run), "stage": job.stage.name, "nodes": nodes}
         assert process.stdin is not None
         # By a pipe, not as an argument: the environment may hold secrets, and arguments can be seen by all.
@@ -87,7 +87,6 @@ class Direct:
         if alive(handle):
             return None
         said = self._said(handle)
-        self._end_guards(said)
         if "code" not in said:
             return Ended(KILLED)
         return Ended(said["code"], tuple(said["lost"]))
@@ -101,11 +100,6 @@ class Direct:
     def _said(self, handle: str) -> dict[str, Any]:
         said = read_job(self._run, handle.partition(":")[0]) or {}
         return said if said.get("job") == handle else {}
-
-    def _end_guards(self, said: Mapping[str, Any]) -> None:
-        """Guards end when their supervisor does, and with them all they have started, unless they were killed too."""
-        for group, started in said.get("guards", ()):
-            end_group(group, started, self._run)
 
 
 def job_log(run: Path, stage: str) -> Path:

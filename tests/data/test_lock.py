@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,18 @@ def hold_with_a_child(folder, ready, child):
         time.sleep(PATIENCE)
 
 
+@contextlib.contextmanager
+def held_by_another(folder):
+    """The process that holds the lock of `folder`; one that it has forked lives on when it is killed."""
+    context = multiprocessing.get_context("spawn")
+    ready, child = context.Event(), context.Value("i")
+    holder = context.Process(target=hold_with_a_child, args=(folder, ready, child))
+    holder.start()
+    assert ready.wait(PATIENCE)
+    yield holder
+    os.kill(child.value, signal.SIGKILL)  # it must still be there
+
+
 def test_a_second_holder_is_told_who_holds_it(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match=rf"is in use by process {os.getpid()} since .*`kill"):
         locked(tmp_path).__enter__()
@@ -35,26 +48,17 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path):
 
 def test_a_lock_can_be_waited_for(tmp_path):
     """As by a training that is started again when its host was lost."""
-    context = multiprocessing.get_context("spawn")
-    ready, child = context.Event(), context.Value("i")
-    holder = context.Process(target=hold_with_a_child, args=(tmp_path, ready, child))
-    holder.start()
-    assert ready.wait(PATIENCE)
-    threading.Timer(0.5, holder.kill).start()
-    with locked(tmp_path, patience=PATIENCE):
-        os.kill(child.value, signal.SIGKILL)
+    with held_by_another(tmp_path) as holder:
+        threading.Timer(0.5, holder.kill).start()
+        with locked(tmp_path, patience=PATIENCE):
+            pass
 
 
 def test_a_killed_holder_holds_nobody_up_though_a_process_it_forked_lives_on(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, child = context.Event(), context.Value("i")
-    holder = context.Process(target=hold_with_a_child, args=(tmp_path, ready, child))
-    holder.start()
-    assert ready.wait(PATIENCE)
-    with pytest.raises(UserError, match=f"by process {holder.pid} since"):
-        locked(tmp_path).__enter__()
-    holder.kill()
-    holder.join()
-    os.kill(child.value, 0)
-    with locked(tmp_path):
-        os.kill(child.value, signal.SIGKILL)
+    with held_by_another(tmp_path) as holder:
+        with pytest.raises(UserError, match=f"by process {holder.pid} since"):
+            locked(tmp_path).__enter__()
+        holder.kill()
+        holder.join()
+        with locked(tmp_path):
+            pass

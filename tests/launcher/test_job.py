@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from fake_runs import wait_for
 
 from launcher import job
 from launcher.guard import END, SAVE
@@ -83,10 +84,7 @@ Direct(run).submit(job, lambda handle: (print(handle, flush=True), os._exit(9)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 9, done.stderr
-    deadline = time.monotonic() + 30
-    while alive(done.stdout.strip()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not alive(done.stdout.strip()))
     assert "error:" not in (tmp_path / "logs" / "corpus.log").read_text()  # the stage would have said so
     assert not (tmp_path / "jobs").exists()
 
@@ -108,14 +106,40 @@ def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as guard:
         guard.stdin.write(task)
         guard.stdin.flush()
-        deadline = time.monotonic() + 30
-        while not (children := psutil.Process(guard.pid).children()):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        child = command_of(guard)
         for _ in range(8):  # longer than the lease
             guard.stdin.write(".")
             guard.stdin.flush()
             time.sleep(0.2)
         assert guard.poll() is None
         assert guard.wait(30) == -9
-        assert not children[0].is_running() or children[0].status() == psutil.STATUS_ZOMBIE
+        assert ended(child)
+
+
+def test_a_guard_that_is_killed_leaves_nothing_running():
+    """As by a kernel that is out of memory."""
+    task = '{"command": ["sleep", "100"], "folder": "/", "environment": {}, "sharers": 1, "lease": null}\n'
+    command = [sys.executable, "-m", "launcher.guard"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as guard:
+        guard.stdin.write(task)
+        guard.stdin.flush()
+        child = command_of(guard)
+        guard.kill()
+        guard.wait(30)
+        wait_for(lambda: ended(child))
+
+
+def command_of(guard):
+    """The process that a guard has started."""
+    found = []
+
+    def started():
+        found[:] = [child for child in psutil.Process(guard.pid).children() if child.name() == "sleep"]
+        return found
+
+    wait_for(started)
+    return found[0]
+
+
+def ended(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

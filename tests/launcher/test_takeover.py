@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_runs import FAKE, alive, build, finish, of_run, start, tell, wait_for
 
@@ -86,15 +87,14 @@ def test_what_a_dead_run_left_running_is_ended(run):
     process = start(run)
     wait_for(lambda: child.exists() and child.read_text())
     supervisor = int(json.loads((run / "state.json").read_text())["stages"]["b"]["job"].split(":")[2])
-    guard = json.loads((run / "jobs" / "b.json").read_text())["guards"][0][0]
+    (guard,) = psutil.Process(supervisor).children()
     os.kill(supervisor, signal.SIGSTOP)
-    for pid in (process.pid, guard, supervisor):
+    for pid in (process.pid, guard.pid, supervisor):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    assert alive(int(child.read_text()))
+    wait_for(lambda: not alive(int(child.read_text())) and not of_run(run))
     told.unlink()
     assert build(run)[0] == 0
-    assert not alive(int(child.read_text()))
 
 
 def test_an_interrupt_ends_everything_and_says_how_to_go_on(run):
@@ -156,3 +156,16 @@ def test_a_second_run_in_the_same_folder_is_told_who_is_there(run):
     assert f"is in use by process {process.pid} since" in output
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 130
+
+
+def test_what_may_run_under_another_machines_eyes_is_not_made_here(run):
+    assert build(run)[0] == 0
+    state, job = json.loads((run / "state.json").read_text()), "b:elsewhere:7:boot-1"
+    state["stages"]["b"] |= {"state": "running", "job": job}
+    (run / "state.json").write_text(json.dumps(state))
+    (run / "jobs" / "b.json").write_text(json.dumps({"job": job}))
+    code, output = build(run)
+    assert code == 2
+    assert "b was started on elsewhere, where it may still run: give the command there" in output
+    (run / "jobs" / "b.json").unlink()
+    assert build(run)[0] == 0
