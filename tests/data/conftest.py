@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from collecting import LIMITS, write
 from web import serving
@@ -25,3 +27,9 @@ def gather(tmp_path):
         return collect(write(tmp_path / "manifest.jsonl", rows), tmp_path / "out", limits, Progress())
 
     return call
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """So few files are read before another process has started."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)

@@ -7,7 +7,6 @@ import errno
 import io
 import json
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from streaming import MDSWriter
+from broken_audio import RATE, cut, encoded, index, noise
 
-from data.config import DataConfig
-from data.corpus import Clip, load_clip, read_clips, read_jsonl
-from data.indexing import index_audio
-from data.progress import Progress
-from data.sources import sources_fingerprint
+from data.corpus import Clip
 from model.errors import UserError
 
-RATE = 16_000
 USED, PASSED_OVER = "used", "passed over"
 GOOD = ("good 0.wav", "good 1.flac", "good 2.ogg")
-SECONDS = 3.0
-
-
-def noise(seed: int, seconds: float = SECONDS, rate: int = RATE) -> np.ndarray:
-    return (0.2 * np.random.default_rng(seed).normal(size=round(seconds * rate))).clip(-0.9, 0.9)
-
-
-def encoded(seed: int, kind: str = "WAV", rate: int = RATE, channels: int = 1, **options: Any) -> bytes:
-    file = io.BytesIO()
-    wave = np.stack([noise(seed + 100 * channel, rate=rate) for channel in range(channels)], 1)
-    soundfile.write(file, wave, rate, format=kind, **options)
-    return file.getvalue()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def floats(wave: np.ndarray) -> bytes:
@@ -53,35 +36,9 @@ def with_value(value: float) -> bytes:
     return floats(wave)
 
 
-def cut(content: bytes, share: float = 0.6) -> bytes:
-    return content[: round(share * len(content))]
-
-
 def damaged(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes(3000) + content[middle + 3000 :]
-
-
-def index(folder: Path, audio: Path, **config: Any) -> tuple[list[Clip], list[dict], dict[str, Any]]:
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    settings = DataConfig(audio=str(audio), **{"clip_seconds": 1.0, **config})
-    sources_fingerprint(settings)
-    info = index_audio(corpus, settings, 0, Progress())
-    clips = read_clips(corpus, short=True)
-    for clip in clips:  # whatever is called usable is
-        wave = load_clip(corpus, clip, 24_000)
-        assert wave.shape == (24_000,)
-        assert np.isfinite(wave).all()
-        assert wave.std() > 0.01
-        assert load_clip(corpus, clip, 8_000, channels=2).shape == (2, 8_000)
-    return clips, read_jsonl(corpus / "skipped.jsonl"), info
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few files are read before another process has started."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 @pytest.fixture
@@ -320,117 +277,6 @@ def test_a_manifest_of_no_use_is_refused_in_one_line(tmp_path: Path, audio: Path
     with pytest.raises(UserError, match=message) as error:
         index(tmp_path, audio / name)
     assert "\n" not in str(error.value)
-
-
-def tar_of(members: list[tuple[str, bytes]]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
-THREE = [(f"{number}.wav", encoded(number + 10)) for number in range(3)]
-WHOLE = tar_of(THREE)
-# A tar beside a good one, its fate, and how many of its samples are used.
-TARS: dict[str, tuple[bytes, str, int]] = {
-    "cut off in a member": (cut(WHOLE, 0.5), "damaged", 1),
-    "a damaged header": (WHOLE[: len(WHOLE) // 2] + b"\xff" * 200_000, "damaged", 1),
-    "no tar": (b"not a tar at all" * 1000, "damaged", 0),
-    "no bytes": (b"", "damaged", 0),
-    "a sample without audio": (tar_of([*THREE, ("9.json", b"{}")]), "no audio", 3),
-    "JSON that is none": (tar_of([*THREE[:2], ("9.json", b"{"), ("9.wav", encoded(9))]), "malformed row", 2),
-    "JSON that is a list": (tar_of([*THREE[:2], ("9.json", b"[]"), ("9.wav", encoded(9))]), "malformed row", 2),
-    "words not UTF-8": (tar_of([*THREE[:2], ("9.txt", b"\xff\xfe\xe9"), ("9.wav", encoded(9))]), "malformed row", 2),
-    "one name twice": (tar_of([*THREE, THREE[0]]), "duplicate row", 3),
-    "a damaged sound": (tar_of([*THREE[:2], ("9.wav", b"RIFF" + bytes(500))]), "unreadable", 2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", TARS)
-def test_a_broken_tar(tmp_path: Path, kind: str) -> None:
-    content, fate, used = TARS[kind]
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    (shards / "a good.tar").write_bytes(tar_of([(f"{n}.wav", encoded(n + 1000)) for n in range(2)]))
-    (shards / "b broken.tar").write_bytes(content)
-    clips, skipped, _ = index(tmp_path, shards)
-    assert sum("a good.tar" in clip.path for clip in clips) == 6
-    assert fate in {row["reason"] for row in skipped}
-    assert all(row["file"].startswith("b broken.tar") for row in skipped)
-    # The member that the cut goes through gives what is left of it.
-    assert sum("b broken.tar" in clip.path for clip in clips) // 3 == used
-
-
-def test_a_tar_that_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "s-0.tar").write_bytes(WHOLE)
-    clips, skipped, _ = index(tmp_path, tmp_path / "s-{0..1}.tar")
-    assert len(clips) == 9
-    assert [(row["file"], row["reason"]) for row in skipped] == [("s-1.tar", "missing")]
-
-
-def written(folder: Path, splits: tuple[str, ...] = ("", "", ""), **options: Any) -> list[Path]:
-    """Three shards of one record each."""
-    columns = {"audio": "bytes", "split": "str"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=110_000, **options) as writer:
-        for number, split in enumerate(splits):
-            writer.write({"audio": encoded(number + 10), "split": split})
-    return sorted(folder.glob("shard*"))
-
-
-def test_a_record_with_a_bad_value(tmp_path: Path) -> None:
-    written(tmp_path / "mds", ("train", "tain", "validation"))
-    clips, skipped, _ = index(tmp_path, tmp_path / "mds")
-    assert len(clips) == 6
-    assert [(row["file"], row["reason"]) for row in skipped] == [("shard.00001.mds/0", "malformed row")]
-
-
-MDS: dict[str, Callable[[Path], Any]] = {
-    "cut off": lambda shard: shard.write_bytes(shard.read_bytes()[:-100]),
-    "no bytes": lambda shard: shard.write_bytes(b""),
-    "gone": lambda shard: shard.unlink(),
-    "zeros at its head": lambda shard: shard.write_bytes(bytes(64) + shard.read_bytes()[64:]),
-    "noise at its head": lambda shard: shard.write_bytes(
-        shard.read_bytes()[:4] + b"\xff" * 60 + shard.read_bytes()[64:]
-    ),
-}
-
-
-@pytest.mark.parametrize("compression", [None, "zstd"])
-@pytest.mark.parametrize("kind", MDS)
-def test_a_broken_shard(tmp_path: Path, kind: str, compression: str | None) -> None:
-    first, *_ = written(tmp_path / "mds", compression=compression)
-    MDS[kind](first)
-    clips, skipped, _ = index(tmp_path, tmp_path / "mds")
-    assert len(clips) == 6
-    assert {row["file"].partition("/")[0] for row in skipped} == {first.name}
-    assert {row["reason"] for row in skipped} <= {"damaged", "missing", "unreadable"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", "is not the index of MDS shards"),
-        (b"[]", "is not the index of MDS shards"),
-        (b'{"shards": [{"format": "csv"}]}', "a shard has format csv"),
-        (b'{"shards": [{}]}', "is not the index of MDS shards"),
-    ],
-)
-def test_an_index_of_no_use_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
-    written(tmp_path / "mds")
-    (tmp_path / "mds" / "index.json").write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        index(tmp_path, tmp_path / "mds")
-    assert "\n" not in str(error.value)
-
-
-def test_shards_without_audio_are_refused_in_one_line(tmp_path: Path) -> None:
-    with MDSWriter(out=str(tmp_path / "mds"), columns={"codes": "bytes"}) as writer:
-        writer.write({"codes": b"x"})
-    with pytest.raises(UserError, match="has no column of bytes called audio"):
-        index(tmp_path, tmp_path / "mds")
 
 
 def test_all_kinds_in_one_job(tmp_path: Path, audio: Path) -> None:
