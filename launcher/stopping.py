@@ -45,7 +45,7 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
     elsewhere = [f"`kill {found.pid}` on {found.host}" for found in told if found.host != socket.gethostname()]
     if elsewhere:
         raise UserError(f"{run} is worked in on another machine: stop it there, with {' and '.join(elsewhere)}.")
-    say(f"{run}: process {' and '.join(str(found.pid) for found in told)} is told to save and end.")
+    say(f"{run}: process {' and '.join(str(found.pid) for found in told)} is told to {_what(now)}.")
     if launcher or not now:
         _signal(told, signal.SIGTERM)
     else:  # without their first rank the others of a training by hand end as well
@@ -59,6 +59,10 @@ def stop(run: Path, now: bool = False, say: Callable[[str], None] = print) -> No
             raise UserError(f"{run}: it has not ended after {LONGEST} s. `stretto stop --now` does not let it save.")
         time.sleep(POLL_SECONDS)
     say(f"{run}: stopped. The same command goes on from here.")
+
+
+def _what(now: bool) -> str:
+    return "end" if now else "save and end"
 
 
 def _submitted(run: Path) -> dict[str, tuple[Backend, str]]:
@@ -77,7 +81,7 @@ def _submitted(run: Path) -> dict[str, tuple[Backend, str]]:
 
 def _cancel(run: Path, submitted: dict[str, tuple[Backend, str]], now: bool, say: Callable[[str], None]) -> None:
     """Tells jobs of a cluster to end, those that need others first: else they might start meanwhile."""
-    say(f"{run}: told to save and end: {', '.join(f'{name} (job {job})' for name, (_, job) in submitted.items())}.")
+    say(f"{run}: told to {_what(now)}: {', '.join(f'{name} (job {job})' for name, (_, job) in submitted.items())}.")
     for backend, handle in reversed(submitted.values()):
         backend.cancel(handle, now)
     deadline = time.monotonic() + LONGEST

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 FAKE = Path(__file__).parent / "launcher" / "fake_run.py"
-PATIENCE = 30
+PATIENCE = 60
 """Seconds until something that must happen has failed to."""
 
 
