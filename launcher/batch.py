@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher import runner, stages
+from launcher.attempts import Attempts
 from launcher.backends import BatchBackend, Job
 from launcher.backends.others import check_others, over
 from launcher.graph import Origin, StageState, origins, plan_stages, state_of
@@ -86,20 +88,22 @@ def living(
     """
     handles: dict[str, str] = {}
     problems = []
+    found_there = backend.listed()
     for stage in stages.STAGES:
-        name, entry = stage.name, folder.entry(stage.name)
-        handle = entry.get("job")
-        # A job that has said how it ended may take a moment longer to be gone.
-        if handle is None or entry.get("backend") != backend.name or over(entry):
+        name, handle = stage.name, _noted(folder.entry(stage.name), backend)
+        if handle is None and (handle := found_there.get(name)) is not None:
+            # What submitted it was killed, or got no answer, before it could note the number.
+            folder.record(name, state="waiting", error=None, job=handle, backend=backend.name)
+        if handle is None:
             continue
-        if backend.poll(handle) is not None:
-            continue
+        entry = folder.entry(name)
         never = any(not states[need].done and need not in handles for need in stage.needs)
         if never and backend.joins and entry["state"] == "waiting":
             backend.cancel(handle)
             continue
         handles[name] = handle
-        if Origin(**entry["made_from"]).fingerprint != found[name].fingerprint:
+        made_from = entry.get("made_from")
+        if made_from is None or Origin(**made_from).fingerprint != found[name].fingerprint:
             problems.append(
                 f"{name} is being made by job {handle}, as an earlier command with another recipe asked for: "
                 f"`stretto stop {folder.path}` ends it."
@@ -107,6 +111,15 @@ def living(
     if problems:
         raise UserError("\n".join(problems))
     return handles
+
+
+def _noted(entry: Mapping[str, Any], backend: BatchBackend) -> str | None:
+    """The job of a stage that `state.json` knows, where it has not ended."""
+    handle = entry.get("job")
+    # A job that has said how it ended may take a moment longer to be gone.
+    if handle is None or entry.get("backend") != backend.name or over(entry):
+        return None
+    return handle if backend.poll(handle) is None else None
 
 
 def _checked(
@@ -163,14 +176,17 @@ def submit_all(
     it stay: the same command goes on from there."""
     for job in jobs:
         name, origin = job.stage.name, found[job.stage.name]
-        state = states[name]
+        state, entry = states[name], folder.entry(name)
+        if entry.get("job") is not None:
+            unsaid = Attempts(folder.path, name, entry["job"]).end_unsaid()
+            folder.record(name, job=None, seconds=(entry.get("seconds") or 0) + unsaid)
         previous = make_way(folder, job.stage, origin, state.state == "outdated")
         if previous is not None:
             console.print(f"{name}: outdated ({'; '.join(state.reasons)}); moved to {previous}", markup=False)
         (folder.path / "progress" / f"{name}.json").unlink(missing_ok=True)
         # The job may start before its number is known here.
         noted = {"backend": backend.name, "made_from": origin.to_json(), "hosts": None}
-        folder.record(name, state="waiting", error=None, job=None, **noted)
+        folder.record(name, state="waiting", error=None, **noted)
 
     def submitted(name: str, handle: str) -> None:
         handles[name] = handle

@@ -23,7 +23,7 @@ from launcher.placement import Share, count, in_words
 from launcher.recipe import Recipe
 from launcher.restarts import Ended
 from launcher.room import Room
-from launcher.run_folder import DIRECT, RunFolder
+from launcher.run_folder import DIRECT, RunFolder, remember
 from launcher.stage import Stage
 from launcher.units import duration
 from model.errors import UserError
@@ -227,14 +227,8 @@ class Execution:
         seconds = time.monotonic() - job.started
         total = (self.folder.entry(job.stage.name).get("seconds") or 0) + seconds
         self.folder.record(job.stage.name, job=None, finished=time.time(), seconds=round(total, 3))
-        self.folder.remember(
-            stage=job.stage.name,
-            attempt=self.tries[job.stage.name].attempts,
-            hosts=in_words(job.share),
-            seconds=round(seconds, 3),
-            code=ended.code,
-            lost=list(ended.lost),
-        )
+        attempt = self.tries[job.stage.name].attempts
+        remember(self.folder.path, job.stage.name, attempt, in_words(job.share), seconds, ended.code, ended.lost)
 
     def _check_made(self, job: Running) -> None:
         wrong = not_made(self.folder.path, job.stage, self.origins[job.stage.name])

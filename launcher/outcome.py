@@ -30,7 +30,7 @@ def make_way(folder: RunFolder, stage: Stage, origin: Origin, outdated: bool) ->
     """
     previous = folder.set_aside(stage.name) if outdated else None
     if previous is not None:
-        folder.record(stage.name, seconds=0)
+        folder.record(stage.name, seconds=0, restarts=0)
     if stage.trained:
         path = folder.path / stage.name
         path.mkdir(exist_ok=True)

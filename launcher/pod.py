@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data.processes import plain_errors
+from launcher.attempts import Attempts
 from launcher.graph import Origin, stage_named
 from launcher.guard import environment
-from launcher.job_record import read_job, record_job
+from launcher.job_record import record_job
 from launcher.node_ranks import rank_environments, run_ranks
 from launcher.outcome import not_made, why
 from launcher.placement import Part, in_words
@@ -85,15 +86,13 @@ def make(pod: Pod) -> int:
         print(f"{pod.stage.name} is made already.", flush=True)
         pod.say(state="done", error=None)
         return 0
-    said = (read_job(pod.run, pod.stage.name) or {}) if pod.leads else {}
-    again = said.get("job") == pod.job and "started" in said
     hosts = in_words(tuple(Part(f"node-{node}", tuple(range(pod.ranks)), pod.ranks) for node in range(pod.nodes)))
-    started, before = time.time(), said.get("seconds", 0) if again else 0
-    restarts = said.get("restarts", 0) + 1 if again else 0
-    pod.say(state="running", error=None, started=started, hosts=hosts, restarts=restarts)
+    attempts = Attempts(pod.run, pod.stage.name, pod.job)
+    if pod.leads:
+        attempts.begin(hosts)
     code, output = attempt(pod)
-    finished = time.time()
-    pod.say(code=code, finished=finished, seconds=round(before + finished - started, 3))
+    if pod.leads:
+        attempts.end(code)
     return conclude(pod, code, output)
 
 

@@ -29,7 +29,7 @@ KNOWS = {
 
 def check(recipe: Recipe) -> list[str]:
     """Every disagreement, in plain lines that name the keys; none when the recipe can be run."""
-    return [*_data(recipe), *_caches(recipe), *_rates(recipe), *_stages(recipe)]
+    return [*_data(recipe), *_caches(recipe), *_rates(recipe), *_stages(recipe), *_slurm(recipe)]
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
@@ -180,3 +180,13 @@ def _split(coarse: StageModelConfig, fine: StageModelConfig, fields: Mapping[str
                 f"{quantizers_used(condition, fields).stop}, but the coarse stage makes only {first.stop}: "
                 f"set its last to {first.stop}."
             )
+
+
+def _slurm(recipe: Recipe) -> Iterator[str]:
+    from launcher.graph import stage_named  # which reads recipes itself
+
+    for name in recipe.slurm.stages:
+        try:
+            stage_named(name)
+        except UserError as error:
+            yield f"slurm.stages: {error}"

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ STATE = "state.json"
 HISTORY = "history.jsonl"
 """A line for each attempt at a stage that has ended."""
 PREVIOUS = "previous"
+ENDED = ("done", "failed", "interrupted")
+"""States of stages of which nothing runs or waits to run."""
 DIRECT = "direct"
 """The backend of jobs that were started from here; others are a cluster's."""
 
@@ -89,11 +91,6 @@ class RunFolder:
         self.state["stages"].setdefault(stage, {}).update(entry)
         self._write()
 
-    def remember(self, **fact: Any) -> None:
-        """Appends one line to the run's history: an attempt at a stage that has ended."""
-        with (self.path / HISTORY).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **fact}) + "\n")
-
     def entry(self, stage: str) -> dict[str, Any]:
         return self.state["stages"].get(stage, {})
 
@@ -145,6 +142,16 @@ class RunFolder:
                 _remove(old) if place.exists() else old.rename(place)
         for torn in (self.path / "progress").glob(".*"):
             _remove(torn)
+
+
+def remember(
+    run: Path, stage: str, attempt: int, hosts: str, seconds: float, code: int | None, lost: Sequence[str] = ()
+) -> None:
+    """Appends to the run's history an attempt at a stage that has ended: with `code`, or None where nobody saw it."""
+    fact = {"stage": stage, "attempt": attempt, "hosts": hosts, "seconds": round(seconds, 3), "code": code}
+    line = json.dumps({"time": round(time.time(), 3), **fact, "lost": list(lost)}) + "\n"
+    with (run / HISTORY).open("ab", buffering=0) as file:
+        file.write(line.encode())  # in one piece, since jobs of a cluster write here side by side
 
 
 def may_run(run: Path, stage: str, entry: Mapping[str, Any]) -> bool:

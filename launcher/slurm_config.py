@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_serializer
 
 from model.config import Config
 
@@ -47,8 +47,8 @@ Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
 Option = Annotated[str, Field(pattern=r"^-[^\n\r]+$")]
 
 
-class SlurmConfig(Config):
-    """What the job of each stage asks Slurm for, by `stretto run --slurm`. Nothing of it rebuilds anything."""
+class SlurmJobConfig(Config):
+    """What a job asks Slurm for."""
 
     partition: Line | None = None
     """The cluster's default when not given."""
@@ -74,3 +74,25 @@ class SlurmConfig(Config):
     """Further options of sbatch, such as --exclusive."""
     setup: list[str] = Field([])
     """Lines of shell before the ranks are started, such as `module load cuda`."""
+
+
+class SlurmConfig(SlurmJobConfig):
+    """What the job of each stage asks Slurm for, by `stretto run --slurm`. Nothing of it rebuilds anything."""
+
+    stages: dict[str, SlurmJobConfig] = Field({})
+    """Keys of single stages, in place of those above: {tokens: {partition: cpu, gpus_per_node: 0}}."""
+
+    @field_serializer("stages")
+    def _as_given(self, stages: dict[str, SlurmJobConfig]) -> dict[str, dict[str, Any]]:
+        # A default that was written out would be taken for the stage's own when it is read again.
+        return {name: job.model_dump(exclude_unset=True) for name, job in stages.items()}
+
+    def of(self, stage: str) -> SlurmJobConfig:
+        """What the job of one stage asks for."""
+        own = self.stages.get(stage)
+        return self.model_copy(update={} if own is None else own.model_dump(exclude_unset=True))
+
+    def key(self, stage: str, name: str) -> str:
+        """Where the recipe says what `of(stage)` has as `name`."""
+        own = self.stages.get(stage)
+        return f"slurm.{name}" if own is None or name not in own.model_fields_set else f"slurm.stages.{stage}.{name}"

@@ -16,15 +16,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from data.lock import PATIENCE
 from data.processes import plain_errors
 from launcher import restarts
+from launcher.attempts import Attempts
 from launcher.backends.slurm import job_log
 from launcher.backends.slurm_commands import ask, hostnames, tasks_per_node
 from launcher.graph import Origin, stage_named
-from launcher.job_record import read_job, record_job
 from launcher.outcome import BUSY_PORT, got_on, how_far, not_made, why
 from launcher.placement import Part, in_words
 from launcher.processes import LOCK_SECONDS
@@ -89,23 +88,20 @@ class Attempt:
     def __post_init__(self) -> None:
         self.log = job_log(self.run, self.stage.name)
         self.folder = self.run / self.stage.name
-        self.began = time.time()
-        before = read_job(self.run, self.stage.name) or {}
-        self.before = before if before.get("job") == self.job else {}
+        self.attempts = Attempts(self.run, self.stage.name, self.job)
         self.begun_at = how_far(self.run, self.stage)
         self.restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def go(self) -> int:
         """Returns the exit code of the job."""
         hosts = in_words(tuple(Part(host, tuple(range(tasks)), tasks) for host, tasks in self._nodes()))
-        known = {"hosts": hosts, "restarts": self.restarted, "error": None, "code": None, "finished": None}
-        self._record(state="running", started=self.began, **known)
+        self.attempts.begin(hosts, self.restarted + 1)
         code, output = self._attempt()
         if code != 0 and self.stage.ranked and not self.told.to_end and BUSY_PORT.search(output):
             code, output = self._attempt()  # another step of the job has another port
-        seconds = self.before.get("seconds", 0) + time.time() - self.began
-        self._record(code=code, finished=time.time(), seconds=round(seconds, 3))
-        return self._conclude(code, output)
+        ended = Ended(code, tuple(LOST_NODE.findall(output)))
+        self.attempts.end(ended.code, ended.lost)
+        return self._conclude(ended, output)
 
     def _nodes(self) -> list[tuple[str, int]]:
         hosts, tasks = os.environ["SLURM_JOB_NODELIST"], os.environ["SLURM_TASKS_PER_NODE"]
@@ -136,31 +132,30 @@ class Attempt:
         rank = [sys.executable, "-m", "launcher.slurm_rank", module, "--run", str(self.run), "--stage", self.stage.name]
         return ["srun", *options, *rank]
 
-    def _conclude(self, code: int, output: str) -> int:
+    def _conclude(self, ended: Ended, output: str) -> int:
         made_from = read_state(self.run)["stages"][self.stage.name]["made_from"]
-        if code == 0:
+        if ended.code == 0:
             wrong = not_made(self.run, self.stage, Origin(**made_from))
             return self._fail(wrong, 1) if wrong else self._done()
         if self.told.to_end:
             says = self._slurm_says()
             if int(says["Restarts"]) > self.restarted:
-                self._record(state="waiting", error="Slurm has put it back into the queue")
+                self.attempts.say(state="waiting", error="Slurm has put it back into the queue")
                 return SAVED
             if says["Reason"] != "TimeLimit":
-                self._record(state="interrupted", error=None)
+                self.attempts.say(state="interrupted", error=None)
                 return SAVED
-        message, kind = why(self.stage, self.run, output, code)
-        ended = Ended(code, tuple(LOST_NODE.findall(output)))
+        message, kind = why(self.stage, self.run, output, ended.code)
         progressed = got_on(self.begun_at, how_far(self.run, self.stage))
-        failures = 0 if progressed else self.before.get("failures", 0)
+        failures = 0 if progressed else self.attempts.before.get("failures", 0)
         again = restarts.restart_after(ended, failures, progressed, read_run_recipe(self.run).restarts)
         if (kind == 2 and not ended.lost) or again is None:
             return self._fail(message, kind)
-        saved = "it saved, to go on when it is its turn again" if code == SAVED else message
+        saved = "it saved, to go on when it is its turn again" if ended.code == SAVED else message
         return self._requeue(saved, failures + 1)
 
     def _done(self) -> int:
-        self._record(state="done", error=None)
+        self.attempts.say(state="done", error=None)
         stages = read_state(self.run)["stages"]
         if all(entry.get("state") == "done" for entry in stages.values()):
             from launcher.report import write_report
@@ -170,13 +165,13 @@ class Attempt:
 
     def _fail(self, message: str, code: int) -> int:
         print(f"{self.stage.name} failed: {message}", file=sys.stderr, flush=True)
-        self._record(state="failed", error=message)
+        self.attempts.say(state="failed", error=message)
         return code
 
     def _requeue(self, words: str, failures: int) -> int:
         """Puts this job back into the queue, which ends this process; its number stays, and so do those that wait for
         it."""
-        self._record(state="waiting", error=words, failures=failures)
+        self.attempts.say(state="waiting", error=words, failures=failures)
         print(f"{self.stage.name}: {words}; job {self.job} is put back into the queue", file=sys.stderr, flush=True)
         try:
             ask("scontrol", "requeue", self.job)
@@ -189,9 +184,6 @@ class Attempt:
         """How this job stands, in Slurm's own words."""
         words = ask("scontrol", "show", "job", self.job, "--oneliner").split()
         return dict(word.partition("=")[::2] for word in words)
-
-    def _record(self, **entry: Any) -> None:
-        record_job(self.run, self.stage.name, self.job, **entry)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.lock import holder
-from launcher.backends.others import ended_unsaid
+from launcher.backends.others import unsaid
 from launcher.hosts import LOCALHOST
 from launcher.recipe import RECIPE
 from launcher.run_folder import may_run, read_state
@@ -94,8 +94,8 @@ def read_status(run: Path) -> RunStatus:
     if recipe is None:
         raise UserError(f"{run} is not a run folder: it has no {RECIPE}.")
     record, launcher = read_state(run)["stages"], holder(run) is not None
-    for name in ended_unsaid(record):
-        record[name] |= {"state": "interrupted", "job": None}
+    for name, changes in unsaid(record).items():
+        record[name] |= changes
     stages = [_stage(run, name, record.get(name, {}), recipe, launcher) for name in ORDER]
     states = [stage.state for stage in stages]
     submitted = any(stage.state == "waiting" and stage.job for stage in stages)

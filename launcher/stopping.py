@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.lock import Holder, holder
 from launcher.backends import Backend
-from launcher.backends.others import backend_named, over
+from launcher.backends.others import batch_backend, over
 from launcher.job_record import supervisor
 from launcher.recipe import read_run_recipe
 from launcher.run_folder import DIRECT, may_run, read_state
@@ -67,16 +67,16 @@ def _what(now: bool) -> str:
 
 def _submitted(run: Path) -> dict[str, tuple[Backend, str]]:
     """The jobs of a cluster that wait or run, by their stages: backend and handle."""
-    entries = {
-        name: entry
-        for name, entry in read_state(run)["stages"].items()
-        if entry.get("job") and (entry.get("backend") or DIRECT) != DIRECT and not over(entry)
-    }
-    if not entries:
-        return {}
-    recipe = read_run_recipe(run)
-    found = {name: (backend_named(entry["backend"], run, recipe), entry["job"]) for name, entry in entries.items()}
-    return {name: (backend, handle) for name, (backend, handle) in found.items() if backend.poll(handle) is None}
+    found: dict[str, tuple[Backend, str]] = {}
+    for name, entry in read_state(run)["stages"].items():
+        if (entry.get("backend") or DIRECT) == DIRECT or over(entry):
+            continue
+        backend = batch_backend(entry["backend"], run, read_run_recipe(run))
+        # The number of a job is not known where the command that submitted it was killed just then.
+        handle = entry.get("job") or backend.listed().get(name)
+        if handle is not None and backend.poll(handle) is None:
+            found[name] = backend, handle
+    return found
 
 
 def _cancel(run: Path, submitted: dict[str, tuple[Backend, str]], now: bool, say: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -18,6 +19,7 @@ from slurm_cluster import missing, slurm_cluster
 from small_runs import CLIP, SMALL
 
 from launcher.run_folder import read_state
+from launcher.status import ORDER
 from model import artifact
 from trainer.__main__ import train
 
@@ -53,6 +55,12 @@ def jobs(cluster):
 
 def entry(run, stage):
     return read_state(run)["stages"].get(stage, {})
+
+
+def attempts(run, stage):
+    """Those that the run remembers."""
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
 
 
 def wait_until(cluster, condition, timeout=240):
@@ -104,6 +112,14 @@ def test_a_cancelled_stage_is_submitted_again_and_what_lives_is_left_alone(finis
     assert "corpus" not in again
 
 
+def test_both_jobs_of_a_cancelled_stage_are_counted(finished):
+    run, *_ = finished
+    past = attempts(run, "coarse")
+    assert [one["code"] == 0 for one in past] == [False, True]
+    assert entry(run, "coarse")["seconds"] == pytest.approx(sum(one["seconds"] for one in past), abs=0.1)
+    assert {one["stage"] for one in map(json.loads, (run / "history.jsonl").read_text().splitlines())} == set(ORDER)
+
+
 def test_what_is_up_to_date_is_not_submitted(cluster, finished):
     run, *_ = finished
     before = len(jobs(cluster))
@@ -123,9 +139,11 @@ def test_a_mistake_of_the_users_ends_what_depends_on_it(cluster, tmp_path):
 
 
 def coarse_again(run, folder):
-    """A copy of a finished run that is to train its coarse stage anew."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("coarse", "coarse.*"))
-    return folder
+    """A copy of a finished run that has never trained its coarse stage."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("coarse", "coarse.*", "history.jsonl"))
+    state = read_state(folder)
+    state["stages"].pop("coarse", None)
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def uninterrupted(run, folder):
@@ -150,50 +168,70 @@ def ranks_of(run):
                 yield process
 
 
+def train_coarse(cluster, finished, run, *more, steps=400, checkpoint_every=20):
+    """Submits the coarse stage of a copy of a finished run, which is to train anew; what the command prints."""
+    if not run.exists():
+        coarse_again(finished[0], run)
+    train = {"steps": steps, "checkpoint_every": checkpoint_every, "validate_every": 1000}
+    keys = [f"stages.coarse.train.{key}={value}" for key, value in train.items()]
+    return submit(cluster, run, "--only", "coarse", *keys, *more)
+
+
+def restarts_until_done(cluster, run):
+    """Waits for the coarse stage to be done; checks that all its attempts are remembered, and returns how often it was
+    started again."""
+    wait_until(cluster, lambda: ended(run, "coarse"))
+    found, past = entry(run, "coarse"), attempts(run, "coarse")
+    assert found["state"] == "done", log_of(run)
+    assert [one["attempt"] for one in past] == list(range(1, found["restarts"] + 2))
+    assert [one["code"] == 0 for one in past] == [False] * found["restarts"] + [True]
+    assert found["seconds"] == pytest.approx(sum(one["seconds"] for one in past), abs=0.1)
+    return found["restarts"]
+
+
+def log_of(run):
+    return (run / "logs" / "coarse.log").read_text()
+
+
 def test_a_time_limit_saves_and_the_job_goes_on_exactly(cluster, finished, tmp_path):
-    """The ranks are held until the signal has come, so that the training does not end before."""
-    run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=200", "checkpoint_every=5", "validate_every=100")]
-    submit(cluster, run, "--only", "coarse", *keys, "slurm.signal_seconds=10")
+    """The ranks are held until the signal has come, so that the training does not end before. It comes when Slurm next
+    looks at time limits, which it does twice a minute."""
+    run = tmp_path / "run"
+    train_coarse(cluster, finished, run, "slurm.signal_seconds=50", steps=100, checkpoint_every=5)
     job = entry(run, "coarse")["job"]
     wait_until(cluster, lambda: saved(run))
     for process in ranks_of(run):
         process.suspend()
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    log = run / "logs" / "coarse.log"
-    wait_until(cluster, lambda: "its time is nearly up" in log.read_text())
-    for process in ranks_of(run):
-        process.resume()
-    wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    wait_until(cluster, lambda: ended(run, "coarse"))
-    found = entry(run, "coarse")
-    assert (found["state"], found["job"], found["restarts"]) == ("done", job, 1), log.read_text()
-    assert "resumed at step" in log.read_text()
-    expected = uninterrupted(run, tmp_path / "alone")
-    assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
+    cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
+    with ThreadPoolExecutor() as meanwhile:
+        expected = meanwhile.submit(uninterrupted, run, tmp_path / "alone")
+        wait_until(cluster, lambda: "its time is nearly up" in log_of(run))
+        for process in ranks_of(run):
+            process.resume()
+        wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+        assert restarts_until_done(cluster, run) == 1, log_of(run)
+    assert entry(run, "coarse")["job"] == job
+    assert "resumed at step" in log_of(run)
+    assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected.result()
 
 
 @pytest.mark.faults
 def test_a_job_is_preempted_and_goes_on_exactly(cluster, finished, tmp_path):
     """A more urgent job takes both nodes; ranks get some seconds."""
-    run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
-    submit(cluster, run, "--only", "coarse", *keys)
+    run = tmp_path / "run"
+    train_coarse(cluster, finished, run)
     wait_until(cluster, lambda: saved(run))
     cluster.run("srun", "--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "true")
-    wait_until(cluster, lambda: ended(run, "coarse"))
-    found = entry(run, "coarse")
-    assert (found["state"], found["restarts"]) == ("done", 1), (run / "logs" / "coarse.log").read_text()
+    assert restarts_until_done(cluster, run) == 1, log_of(run)
     expected = uninterrupted(run, tmp_path / "alone")
     assert artifact.file_digest(run / "coarse" / "model.safetensors") == expected
 
 
 @pytest.mark.faults
 def test_a_stage_that_is_stopped_saves_and_is_not_put_back(cluster, finished, tmp_path):
-    run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=2000", "checkpoint_every=1000", "validate_every=1000")]
-    submit(cluster, run, "--only", "coarse", *keys)
+    run = tmp_path / "run"
+    train_coarse(cluster, finished, run, steps=2000, checkpoint_every=1000)
     metrics = run / "coarse" / "metrics.jsonl"
     wait_until(cluster, lambda: metrics.exists() and '"train"' in metrics.read_text())
     stretto(cluster, "stop", run)
@@ -206,29 +244,27 @@ def test_a_stage_that_is_stopped_saves_and_is_not_put_back(cluster, finished, tm
 
 @pytest.mark.faults
 def test_a_rank_that_is_killed_is_started_again(cluster, finished, tmp_path):
-    run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
-    submit(cluster, run, "--only", "coarse", *keys)
+    run = tmp_path / "run"
+    train_coarse(cluster, finished, run)
     wait_until(cluster, lambda: saved(run))
     list(ranks_of(run))[-1].kill()
-    wait_until(cluster, lambda: ended(run, "coarse"))
-    log = (run / "logs" / "coarse.log").read_text()
-    assert (entry(run, "coarse")["state"], entry(run, "coarse")["restarts"]) == ("done", 1), log
-    assert "coarse: it was killed" in log
+    assert restarts_until_done(cluster, run) == 1, log_of(run)
+    assert "coarse: it was killed" in log_of(run)
 
 
 @pytest.mark.faults
-def test_a_node_is_lost_and_the_job_goes_on_when_it_is_back(cluster, finished, tmp_path):
-    run = coarse_again(finished[0], tmp_path / "run")
-    keys = [f"stages.coarse.train.{key}" for key in ("steps=400", "checkpoint_every=20", "validate_every=1000")]
-    submit(cluster, run, "--only", "coarse", *keys)
+@pytest.mark.parametrize("node", ["alpha", "beta"])
+def test_a_node_is_lost_and_the_job_goes_on_when_it_is_back(cluster, finished, tmp_path, node):
+    """Alpha takes with it what would say how the attempt has ended."""
+    run = tmp_path / "run"
+    train_coarse(cluster, finished, run)
     wait_until(cluster, lambda: saved(run))
-    cluster.lose("beta")
-    wait_until(cluster, lambda: entry(run, "coarse")["state"] == "waiting")
-    assert submit(cluster, run, "--only", "coarse", *keys).count("which lives") == 1
-    cluster.bring_back("beta")
-    wait_until(cluster, lambda: ended(run, "coarse"))
-    log = (run / "logs" / "coarse.log").read_text()
+    cluster.lose(node)
+    wait_until(cluster, lambda: jobs(cluster)["quickstart-coarse"] == "PENDING")
+    status = json.loads(stretto(cluster, "status", run, "--json"))
+    assert next(stage["state"] for stage in status["stages"] if stage["name"] == "coarse") == "waiting"
+    assert train_coarse(cluster, finished, run).count("which lives") == 1
+    cluster.bring_back(node)
     # Twice where a signal to the lost attempt reaches the next: the pause against that is short in this cluster.
-    assert (entry(run, "coarse")["state"], entry(run, "coarse")["restarts"] in (1, 2)) == ("done", True), log
-    assert "resumed at step" in log
+    assert restarts_until_done(cluster, run) in (1, 2), log_of(run)
+    assert "resumed at step" in log_of(run)

@@ -51,6 +51,10 @@ class BatchBackend(Backend, Protocol):
     joins: bool
     """Whether new jobs can wait for those of an earlier submission."""
 
+    def listed(self) -> dict[str, str]:
+        """The jobs that the cluster itself says work in the run folder or wait to, by their stages: the number of one
+        may not have been noted when it was submitted."""
+
     def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
         """What each stage will take."""
 

@@ -54,6 +54,9 @@ class Kubernetes:
         self._run = run.absolute()
         self._config = config
 
+    def listed(self) -> dict[str, str]:
+        return {}  # `check` refuses to submit while anything of an earlier submission lives
+
     def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
         """How many ranks each stage has, on how many nodes; which nodes the cluster says. Raises UserError for what is
         more than `kubernetes.nodes` have."""

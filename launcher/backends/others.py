@@ -7,22 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.backends import Backend, BatchBackend
-from launcher.backends.direct import Direct
+from launcher.backends import BatchBackend
 from launcher.recipe import Recipe
-from launcher.run_folder import DIRECT, RunFolder, may_run
+from launcher.run_folder import DIRECT, ENDED, RunFolder, may_run
 from model.errors import UserError
-
-ENDED = ("done", "failed", "interrupted")
-"""States of stages of which nothing runs or waits to run."""
-
-
-def backend_named(name: str, run: Path, recipe: Recipe) -> Backend:
-    """The backend that `state.json` names."""
-    return Direct(run) if name == DIRECT else batch_backend(name, run, recipe)
 
 
 def batch_backend(name: str, run: Path, recipe: Recipe) -> BatchBackend:
+    """The backend that `state.json` names, where it is not DIRECT."""
     if name == "slurm":
         from launcher.backends.slurm import Slurm
 
@@ -56,7 +48,7 @@ def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
         if other == DIRECT:
             lives = may_run(folder.path, stage, entry)
         else:
-            lives = backend_named(other, folder.path, recipe).poll(handle) is None
+            lives = batch_backend(other, folder.path, recipe).poll(handle) is None
         if lives:
             what = "as it was started from here" if other == DIRECT else f"as job {handle} of {other}"
             problems.append(f"{stage} still runs or waits, {what}: `stretto stop {folder.path}` ends it.")
@@ -66,9 +58,10 @@ def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
         raise UserError("\n".join(problems))
 
 
-def ended_unsaid(stages: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Of the entries of `state.json` those whose Slurm job is over though nobody has said so: cancelled before it
-    began, or on a node that died. None where Slurm cannot be asked from here."""
+def unsaid(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What nobody has said of Slurm jobs that the entries of `state.json` hold to wait or run, and is to be changed in
+    these: a job that was cancelled before it began, or died with its node, is over, or is back in the queue. Nothing
+    where Slurm cannot be asked from here."""
     from launcher.backends.slurm import OVER
     from launcher.backends.slurm_commands import states
 
@@ -78,9 +71,11 @@ def ended_unsaid(stages: Mapping[str, Mapping[str, Any]]) -> set[str]:
         if entry.get("backend") == "slurm" and entry.get("job") and entry["state"] not in ENDED
     }
     if not handles or shutil.which("squeue") is None:
-        return set()
+        return {}
     try:
         known = states(list(handles.values()))
     except UserError:
-        return set()
-    return {name for name, handle in handles.items() if known.get(handle, "COMPLETED") in OVER}
+        return {}
+    now = {name: known.get(handle, "COMPLETED") for name, handle in handles.items()}
+    ended = {name: {"state": "interrupted", "job": None} for name, state in now.items() if state in OVER}
+    return ended | {name: {"state": "waiting"} for name, state in now.items() if state == "PENDING"}

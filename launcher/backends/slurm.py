@@ -11,13 +11,13 @@ from typing import Any
 
 from launcher.backends import Job
 from launcher.backends.slurm_check import problems
-from launcher.backends.slurm_commands import ask, states
+from launcher.backends.slurm_commands import ask, own_jobs, states
 from launcher.hosts import Host
 from launcher.job_record import JOBS, read_job
 from launcher.placement import Places, Share, count, shares
 from launcher.recipe import Recipe
 from launcher.restarts import Ended
-from launcher.run_folder import read_state
+from launcher.run_folder import ENDED, read_state
 from launcher.slurm_config import SlurmConfig, minutes
 from launcher.stage import Stage
 from model.config import STAGES as TRAINED
@@ -41,19 +41,44 @@ class Slurm:
         self._run = run
         self._config = config
 
+    def listed(self) -> dict[str, str]:
+        folder = self._run / JOBS
+        if not any(folder.glob("*.sbatch")):
+            return {}
+        found: dict[str, str] = {}
+        for handle, state, script in own_jobs():
+            path = Path(script)
+            if path.suffix != ".sbatch" or path.parent.resolve() != folder.resolve() or state in OVER:
+                continue
+            said = read_job(self._run, path.stem) or {}
+            # One that has said how it ended may take a moment longer to be gone.
+            if said.get("job") != handle or said.get("state") not in ENDED:
+                found.setdefault(path.stem, handle)
+        return found
+
     def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
         """How many ranks each stage has, on how many nodes; which nodes Slurm says. Raises UserError for what is more
-        than `slurm.nodes` have."""
-        config = self._config
+        than its `slurm.nodes` have."""
         largest = max(getattr(recipe.stages, name).train.ranks for name in TRAINED)
-        slots = config.gpus_per_node or config.tasks_per_node or -(-largest // config.nodes)
-        hosts = [Host(f"node-{number}", slots) for number in range(1, config.nodes + 1)]
-        found = {}
-        for name, ranks in shares(recipe, hosts, stages).items():
-            share = Places(hosts).take([ranks])  # each job has an allocation of its own
-            assert share is not None  # `shares` has looked
-            found[name] = share
-        return found
+        alike: dict[tuple[int, int], list[Stage]] = {}
+        for stage in stages:
+            config = self._config.of(stage.name)
+            slots = config.gpus_per_node or config.tasks_per_node or -(-largest // config.nodes)
+            alike.setdefault((config.nodes, slots), []).append(stage)
+        found: dict[str, Share] = {}
+        wrong: list[str] = []
+        for (nodes, slots), group in alike.items():
+            hosts = [Host(f"node-{number}", slots) for number in range(1, nodes + 1)]
+            try:
+                ranks = shares(recipe, hosts, group)
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            # Each job has an allocation of its own, and `shares` has looked that there is room.
+            found |= {name: share for name, count in ranks.items() if (share := Places(hosts).take([count]))}
+        if wrong:
+            raise UserError("\n".join(wrong))
+        return {stage.name: found[stage.name] for stage in stages}
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raises UserError with all that Slurm would refuse, before anything is submitted."""
@@ -88,12 +113,12 @@ class Slurm:
         """What sbatch is given. It is the user's to read and to submit by hand."""
         command = [sys.executable, "-m", "launcher.slurm_job", "--run", str(job.run), "--stage", job.stage.name]
         lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in self._options(job)), ""]
-        if self._config.setup:
-            lines += [*self._config.setup, ""]
+        if setup := self._config.of(job.stage.name).setup:
+            lines += [*setup, ""]
         return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
     def _options(self, job: Job) -> list[str]:
-        config, ranks = self._config, count(job.share)
+        config, ranks = self._config.of(job.stage.name), count(job.share)
         each = len(job.share[0].slots)
         named = {
             "job-name": f"{job.recipe.name}-{job.stage.name}",

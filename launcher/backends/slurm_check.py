@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from launcher.backends.slurm_commands import ask
 from launcher.placement import Share
-from launcher.slurm_config import SlurmConfig, megabytes, minutes
+from launcher.slurm_config import SlurmConfig, SlurmJobConfig, megabytes, minutes
 from model.errors import UserError, nearest
 
 GPUS = re.compile(r"gpu(?::[^:,(]+)?:(\d+)")
 """In the generic resources of a node: gpu:8, gpu:h100:8(S:0-1)."""
 ANY = ("ALL", "(null)", "N/A", "")
+Key = Callable[[str], str]
+"""The name that a key of the `slurm` section has in the recipe, for the jobs in question."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +30,41 @@ class Nodes:
 
 
 def problems(config: SlurmConfig, shares: Mapping[str, Share]) -> list[str]:
-    """In plain lines, all that is wrong with what the jobs of these shares would ask for."""
-    try:
-        chosen = _partitions(config)
-    except UserError as error:
-        return [str(error)]
-    return [
-        *(f"slurm.partition {part['PartitionName']} is {part['State']}." for part in chosen if part["State"] != "UP"),
-        *_allowed("account", config.account, chosen, "AllowAccounts"),
-        *_allowed("qos", config.qos, chosen, "AllowQos"),
-        *_time(config, chosen),
-        *_nodes(config, chosen, shares),
-    ]
-
-
-def _partitions(config: SlurmConfig) -> list[dict[str, str]]:
-    """What Slurm says of the partitions that jobs may run in. Raises UserError where there is none such."""
+    """In plain lines, all that is wrong with what the jobs of these shares, by their stages, would ask for."""
     lines = ask("scontrol", "show", "partition", "--oneliner").splitlines()
-    found = [dict(word.partition("=")[::2] for word in line.split()) for line in lines if "=" in line]
-    by_name = {part["PartitionName"]: part for part in found}
+    partitions = [dict(word.partition("=")[::2] for word in line.split()) for line in lines if "=" in line]
+    alike: dict[str, list[str]] = {}
+    for stage in shares:
+        alike.setdefault(stage if stage in config.stages else "", []).append(stage)
+    found: list[str] = []
+    for stages in alike.values():
+        key = partial(config.key, stages[0])
+        found += _problems(config.of(stages[0]), key, partitions, [shares[stage] for stage in stages])
+    return list(dict.fromkeys(found))
+
+
+def _problems(
+    config: SlurmJobConfig, key: Key, partitions: list[dict[str, str]], shares: Sequence[Share]
+) -> Iterator[str]:
+    """Of jobs that ask for the same, but for their shares."""
+    try:
+        chosen = _chosen(config, key, partitions)
+    except UserError as error:
+        yield str(error)
+        return
+    down = (part for part in chosen if part["State"] != "UP")
+    yield from (f"{key('partition')} {part['PartitionName']} is {part['State']}." for part in down)
+    yield from _allowed(key("account"), config.account, chosen, "AllowAccounts")
+    yield from _allowed(key("qos"), config.qos, chosen, "AllowQos")
+    yield from _time(config, key, chosen)
+    yield from _nodes(config, key, chosen, shares)
+
+
+def _chosen(config: SlurmJobConfig, key: Key, partitions: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The partitions that jobs may run in. Raises UserError where there is none such."""
+    by_name = {part["PartitionName"]: part for part in partitions}
     if config.partition is None:
-        chosen = [part for part in found if part.get("Default") == "YES"]
+        chosen = [part for part in partitions if part.get("Default") == "YES"]
         if not chosen:
             raise UserError(f"this cluster has no default partition: set slurm.partition to {_listed(by_name)}.")
         return chosen
@@ -56,7 +73,7 @@ def _partitions(config: SlurmConfig) -> list[dict[str, str]]:
     if unknown:
         hint = nearest(unknown[0], list(by_name))
         raise UserError(
-            f"slurm.partition: this cluster has no partition {unknown[0]!r}.{hint} There is {_listed(by_name)}."
+            f"{key('partition')}: this cluster has no partition {unknown[0]!r}.{hint} There is {_listed(by_name)}."
         )
     return [by_name[name] for name in names]
 
@@ -73,38 +90,39 @@ def _allowed(key: str, value: str | None, chosen: list[dict[str, str]], field: s
     if value not in allowed:
         where = " and ".join(part["PartitionName"] for part in chosen)
         now = f"{value!r} is not one of" if value else "is not set, and must be one of"
-        yield f"slurm.{key} {now} those that partition {where} is for: {', '.join(allowed)}."
+        yield f"{key} {now} those that partition {where} is for: {', '.join(allowed)}."
 
 
-def _time(config: SlurmConfig, chosen: list[dict[str, str]]) -> Iterator[str]:
+def _time(config: SlurmJobConfig, key: Key, chosen: list[dict[str, str]]) -> Iterator[str]:
     limits = [part.get("MaxTime", "UNLIMITED") for part in chosen]
     if config.time is None or "UNLIMITED" in limits:
         return
     longest = max(limits, key=minutes)
     if minutes(config.time) > minutes(longest):
-        yield f"slurm.time is {config.time}: partition {_names(chosen)} allows {longest} at most."
+        yield f"{key('time')} is {config.time}: partition {_names(chosen)} allows {longest} at most."
     if config.signal_seconds >= 60 * minutes(config.time):
-        yield f"slurm.signal_seconds {config.signal_seconds} is not within slurm.time, {config.time}: lower it."
+        seconds = f"{key('signal_seconds')} {config.signal_seconds}"
+        yield f"{seconds} is not within {key('time')}, {config.time}: lower it."
 
 
-def _nodes(config: SlurmConfig, chosen: list[dict[str, str]], shares: Mapping[str, Share]) -> Iterator[str]:
+def _nodes(config: SlurmJobConfig, key: Key, chosen: list[dict[str, str]], shares: Sequence[Share]) -> Iterator[str]:
     """Compares what the largest job needs with what nodes there are, whether they are free now or not."""
     where, fitting = f"partition {_names(chosen)}", list(_listed_nodes(_names(chosen)))
-    each = max((len(share[0].slots) for share in shares.values()), default=1)
+    each = max(len(share[0].slots) for share in shares)
     needs = (
-        ("slurm.gpus_per_node", "gpus", "GPUs", min(each, config.gpus_per_node)),
-        ("slurm.cpus_per_task × ranks", "cpus", "CPUs", each * (config.cpus_per_task or 1)),
-        ("slurm.mem", "megabytes", "MB of memory", megabytes(config.mem or "0")),
+        (key("gpus_per_node"), "gpus", "GPUs", min(each, config.gpus_per_node)),
+        (f"{key('cpus_per_task')} × ranks", "cpus", "CPUs", each * (config.cpus_per_task or 1)),
+        (key("mem"), "megabytes", "MB of memory", megabytes(config.mem or "0")),
     )
-    for key, field, unit, wanted in needs:
+    for name, field, unit, wanted in needs:
         most = max((getattr(nodes, field) for nodes in fitting), default=0)
         if wanted > most:
-            yield f"{key}: a job asks for {wanted} {unit} of a node, but nodes of {where} have {most or 'none'}."
+            yield f"{name}: a job asks for {wanted} {unit} of a node, but nodes of {where} have {most or 'none'}."
             return
         fitting = [nodes for nodes in fitting if getattr(nodes, field) >= wanted]
-    wanted, number = max((len(share) for share in shares.values()), default=1), sum(nodes.number for nodes in fitting)
+    wanted, number = max(len(share) for share in shares), sum(nodes.number for nodes in fitting)
     if number < wanted:
-        yield f"slurm.nodes: a job asks for {wanted} nodes, but {where} has {number} that fit."
+        yield f"{key('nodes')}: a job asks for {wanted} nodes, but {where} has {number} that fit."
 
 
 def _listed_nodes(partitions: str) -> Iterator[Nodes]:

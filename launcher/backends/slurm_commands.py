@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from model.errors import UserError
 
 UNKNOWN_JOB = "Invalid job id"
 ANSWER_SECONDS = 60
+JOB = re.compile(r"(\d+) ([A-Z_]+) (.+)")
 REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
@@ -22,6 +23,15 @@ def states(handles: Sequence[str]) -> dict[str, str]:
             return {}
         raise
     return dict(line.split(maxsplit=1) for line in listed.splitlines())
+
+
+def own_jobs() -> Iterator[tuple[str, str, str]]:
+    """Number, state and script of each job of this user that Slurm still knows, by their numbers. Only the script
+    names a run folder and a stage without doubt: jobs of several runs may have the same name."""
+    listed = ask("squeue", "--me", "--noheader", "--states=all", "--sort=i", "--format=%i %T %o")
+    for line in listed.splitlines():
+        if match := JOB.fullmatch(line):  # not a part of an array of jobs, or of a path with a line break
+            yield match[1], match[2], match[3]
 
 
 def ask(*command: str, text: str | None = None) -> str:

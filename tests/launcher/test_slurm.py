@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from launcher.backends.slurm import Slurm
 from launcher.backends.slurm_commands import tasks_per_node
 from launcher.batch import jobs_for
 from launcher.graph import stage_named
-from launcher.recipe import load_recipe
+from launcher.recipe import dump_recipe, load_recipe, read_run_recipe
+from launcher.run_folder import read_state
 from launcher.slurm_config import minutes
 from launcher.stages import STAGES
 from model.errors import UserError
@@ -48,6 +50,43 @@ def test_the_script_of_a_job():
     coarse = script("coarse", "/shared/my runs/100%", *GPUS, after=("41", "42"))
     assert coarse == (GOLDEN / "slurm-coarse.sbatch").read_text()
     assert script("corpus", "/shared/run") == (GOLDEN / "slurm-corpus.sbatch").read_text()
+
+
+def test_a_stage_may_ask_for_something_else():
+    own = "{partition: cpu, account: null, constraint: null, gpus_per_node: 0, tasks_per_node: 32, time: 4h, setup: []}"
+    keys = [*GPUS, f"slurm.stages.tokens={own}", "slurm.stages.bundle.time=30m"]
+    assert script("tokens", "/shared/run", *keys) == (GOLDEN / "slurm-tokens.sbatch").read_text()
+    assert script("coarse", "/shared/run", *keys) == script("coarse", "/shared/run", *GPUS)
+    assert "--time=30\n" in script("bundle", "/shared/run", *keys)
+
+
+def test_what_a_stage_asks_for_is_kept_in_the_run_folder(tmp_path):
+    recipe = load_recipe("quickstart", [*GPUS, "slurm.stages.tokens={partition: cpu, gpus_per_node: 0}"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert read_run_recipe(tmp_path) == recipe
+    assert read_run_recipe(tmp_path).slurm.of("tokens") == recipe.slurm.of("tokens")
+    assert recipe.slurm.of("tokens").account == "music"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("slurm.stages.tokns.time=4h", "slurm.stages: there is no stage 'tokns'. Did you mean tokens?"),
+        ("slurm.stages.tokens.partitoin=cpu", "slurm.stages.tokens.partitoin is not .* Did you mean partition?"),
+        ("slurm.stages.tokens.stages={}", "slurm.stages.tokens.stages is not a key"),
+        ("slurm.stages.tokens.time=3600", "slurm.stages.tokens.time.*24h"),
+    ],
+)
+def test_a_stage_or_key_that_there_is_not_is_named(override, words):
+    with pytest.raises(UserError, match=words):
+        load_recipe("quickstart", [override])
+
+
+def test_shares_of_all_stages_that_there_is_no_room_for_are_named_at_once():
+    keys = ["placement.coarse=4", "placement.tokens=8", "slurm.stages.tokens.tasks_per_node=3"]
+    recipe = load_recipe("quickstart", keys)
+    with pytest.raises(UserError, match=r"(?s)placement\.coarse asks for 4 .*placement\.tokens asks for 8 .*has 3"):
+        Slurm(Path("/run"), recipe.slurm).shares(recipe, STAGES)
 
 
 def test_a_dry_run_prints_the_jobs_and_submits_none(tmp_path):
@@ -118,12 +157,14 @@ WRONG = {
     "slurm.cpus_per_task=3": ["6 CPUs", "have 4"],
     "slurm.mem=1T": ["1048576 MB of memory", "have 8000"],
     "slurm.options=[--licenses=matlab]": ["license"],
+    "slurm.stages.tokens.partition=man": ["slurm.stages.tokens.partition", "no partition 'man'"],
+    "slurm.time=30m slurm.stages.tokens={time: 2h, mem: 1T}": ["slurm.stages.tokens.time", "slurm.stages.tokens.mem"],
 }
 
 
 @pytest.mark.parametrize("overrides", WRONG)
 def test_what_the_cluster_does_not_have_is_named(cluster, tmp_path, overrides):
-    said = refused(cluster, tmp_path, *overrides.split())
+    said = refused(cluster, tmp_path, *re.split(" (?=slurm|placement|stage)", overrides))
     for part in WRONG[overrides]:
         assert part.lower() in said.lower()
 
@@ -131,6 +172,73 @@ def test_what_the_cluster_does_not_have_is_named(cluster, tmp_path, overrides):
 def test_all_that_is_wrong_is_named_at_once(cluster, tmp_path):
     said = refused(cluster, tmp_path, "slurm.partition=single", "slurm.time=2h", "slurm.gpus_per_node=3")
     assert len([line for line in said.splitlines() if "slurm." in line]) == 3
+
+
+SBATCH = """#!/bin/sh
+case "$*" in *--test-only*) exec {real} "$@";; esac
+answer=$({real} "$@") || exit
+echo >> "$0.calls"
+test $(wc -l < "$0.calls") -lt 4 || kill -KILL $PPID
+echo "$answer"
+"""
+
+
+def killed_after_submitting(cluster, run):
+    """`stretto run`, which is killed when its fourth job has a number and before that is noted."""
+    sbatch = run.parent / "bin" / "sbatch"
+    sbatch.parent.mkdir(parents=True)
+    sbatch.write_text(SBATCH.format(real=shutil.which("sbatch")))
+    sbatch.chmod(0o755)
+    submit(cluster, run, code=-9, env={"PATH": f"{sbatch.parent}:{os.environ['PATH']}"})
+
+
+def submit(cluster, run, code=0, env=None):
+    """What `stretto run` prints; its jobs are held, so that none begins."""
+    command = [sys.executable, "-m", "launcher", "run", "quickstart", "-o", run, "--slurm", "slurm.options=[--hold]"]
+    return cluster.run(*command, code=code, env={"PYTHONPATH": str(ROOT), **(env or {})}).stdout
+
+
+def queue(cluster):
+    """{number: (name, numbers it waits for)} of all jobs."""
+    listed = cluster.run("squeue", "--noheader", "--sort=i", "--format=%i %j %E").stdout
+    jobs = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return {number: (name, re.findall(r"afterok:(\d+)", waits)) for number, name, waits in jobs}
+
+
+@pytest.fixture
+def lost(cluster, tmp_path):
+    """The folder of a run of which one job was submitted without that being noted, and the numbers of its jobs; there
+    is another such run of the same recipe."""
+    run = tmp_path / "one" / "a run|of %j 100% it's"
+    killed_after_submitting(cluster, tmp_path / "other" / "run")
+    others = queue(cluster)
+    killed_after_submitting(cluster, run)
+    own = [number for number in queue(cluster) if number not in others]
+    assert [queue(cluster)[number][0] for number in own] == [f"quickstart-{stage.name}" for stage in STAGES[:4]]
+    assert read_state(run)["stages"]["quantizers"].get("job") is None
+    yield run, own
+    cluster.run("scancel", "--user=root")
+
+
+def test_a_job_whose_number_was_lost_is_taken_over(cluster, lost):
+    run, own = lost
+    printed = submit(cluster, run)
+    assert f"{own[3]}, which lives" in printed
+    jobs = queue(cluster)
+    mine = {entry["job"]: stage for stage, entry in read_state(run)["stages"].items()}
+    assert list(mine)[:4] == own
+    assert len(mine) == len(STAGES)
+    assert len(jobs) == len(STAGES) + 4  # those of the other run
+    waits = {mine[number]: [mine[need] for need in jobs[number][1]] for number in mine}
+    assert waits == {stage.name: list(stage.needs) for stage in STAGES}
+
+
+def test_a_job_whose_number_was_lost_is_stopped(cluster, lost):
+    run, own = lost
+    stop = [sys.executable, "-m", "launcher", "stop", run]
+    assert f"quantizers (job {own[3]})" in cluster.run(*stop, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert len(queue(cluster)) == 4
+    assert not set(own) & set(queue(cluster))
 
 
 def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
