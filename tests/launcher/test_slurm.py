@@ -23,6 +23,7 @@ from launcher.backends.slurm import Slurm
 from launcher.backends.slurm_commands import tasks_per_node
 from launcher.batch import jobs_for
 from launcher.graph import stage_named
+from launcher.job_record import record_job
 from launcher.recipe import dump_recipe, load_recipe, read_run_recipe
 from launcher.run_folder import read_state
 from launcher.slurm_config import minutes
@@ -239,6 +240,28 @@ def test_a_job_whose_number_was_lost_is_stopped(cluster, lost):
     assert f"quantizers (job {own[3]})" in cluster.run(*stop, env={"PYTHONPATH": str(ROOT)}).stdout
     assert len(queue(cluster)) == 4
     assert not set(own) & set(queue(cluster))
+
+
+def test_jobs_that_have_ended_or_are_another_runs_are_not_taken_over(tmp_path, monkeypatch):
+    run, linked = tmp_path / "run", tmp_path / "linked"
+    (run / "jobs").mkdir(parents=True)
+    (run / "jobs" / "fine.sbatch").touch()
+    linked.symlink_to(run)
+    record_job(run, "coarse", "7", state="interrupted")
+    listed = [
+        f"7 COMPLETING {run}/jobs/coarse.sbatch",
+        f"8 CANCELLED {run}/jobs/semantic.sbatch",
+        f"9 RUNNING {run}/jobs/fine.sbatch",
+        f"10 PENDING {run}/jobs/fine.sbatch",
+        f"11 RUNNING {tmp_path}/other/jobs/tokens.sbatch",
+        f"12_[1-3] PENDING {run}/jobs/corpus.sbatch",
+        f"13 PENDING {linked}/jobs/bundle.sbatch",
+        "14 RUNNING (null)",
+    ]
+    (tmp_path / "squeue").write_text("#!/bin/sh\ncat << END\n" + "\n".join(listed) + "\nEND\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert Slurm(run, load_recipe("quickstart").slurm).listed() == {"fine": "9", "bundle": "13"}
 
 
 def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
