@@ -88,10 +88,10 @@ def living(
     """
     handles: dict[str, str] = {}
     problems = []
-    found_there = backend.listed()
+    listed = backend.listed()
     for stage in stages.STAGES:
         name, handle = stage.name, _noted(folder.entry(stage.name), backend)
-        if handle is None and (handle := found_there.get(name)) is not None:
+        if handle is None and (handle := listed.get(name)) is not None:
             # What submitted it was killed, or got no answer, before it could note the number.
             folder.record(name, state="waiting", error=None, job=handle, backend=backend.name)
         if handle is None:
