@@ -92,8 +92,8 @@ def living(
     for stage in stages.STAGES:
         name, handle = stage.name, _noted(folder.entry(stage.name), backend)
         if handle is None and (handle := listed.get(name)) is not None:
-            # What submitted it was killed, or got no answer, before it could note the number.
             folder.record(name, state="waiting", error=None, job=handle, backend=backend.name)
+            folder.state = read_state(folder.path)  # with what the job has said
         if handle is None:
             continue
         entry = folder.entry(name)

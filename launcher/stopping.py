@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.lock import Holder, holder
 from launcher.backends import Backend
-from launcher.backends.others import batch_backend, over
+from launcher.backends.others import batch_backend, job_of, over
 from launcher.job_record import supervisor
 from launcher.recipe import read_run_recipe
 from launcher.run_folder import DIRECT, may_run, read_state
@@ -71,9 +71,8 @@ def _submitted(run: Path) -> dict[str, tuple[Backend, str]]:
     for name, entry in read_state(run)["stages"].items():
         if (entry.get("backend") or DIRECT) == DIRECT or over(entry):
             continue
-        backend = batch_backend(entry["backend"], run, read_run_recipe(run))
-        # The number of a job is not known where the command that submitted it was killed just then.
-        handle = entry.get("job") or backend.listed().get(name)
+        recipe = read_run_recipe(run)
+        backend, handle = batch_backend(entry["backend"], run, recipe), job_of(name, entry, run, recipe)
         if handle is not None and backend.poll(handle) is None:
             found[name] = backend, handle
     return found

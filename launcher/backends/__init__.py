@@ -52,8 +52,8 @@ class BatchBackend(Backend, Protocol):
     """Whether new jobs can wait for those of an earlier submission."""
 
     def listed(self) -> dict[str, str]:
-        """The jobs that the cluster itself says work in the run folder or wait to, by their stages: the number of one
-        may not have been noted when it was submitted."""
+        """The jobs that the cluster itself says work in the run folder or wait to, by their stages; none where it
+        cannot be asked from here. The number of one may not have been noted when it was submitted."""
 
     def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
         """What each stage will take."""

@@ -24,6 +24,12 @@ def batch_backend(name: str, run: Path, recipe: Recipe) -> BatchBackend:
     return Kubernetes(run, recipe.kubernetes)
 
 
+def job_of(stage: str, entry: Mapping[str, Any], run: Path, recipe: Recipe) -> str | None:
+    """The job of a stage that was submitted to a cluster, also one whose number could not be noted: what submitted it
+    was killed, or got no answer."""
+    return entry.get("job") or batch_backend(entry["backend"], run, recipe).listed().get(stage)
+
+
 def over(entry: Mapping[str, Any]) -> bool:
     """Whether nothing of a stage runs or waits to run, by its own word alone. Kubernetes starts pods again that have
     said that they failed or were interrupted: where it can be asked, it must be."""
@@ -40,6 +46,8 @@ def check_others(folder: RunFolder, recipe: Recipe, name: str) -> None:
     problems = []
     for stage, entry in folder.state["stages"].items():
         other, handle = entry.get("backend") or DIRECT, entry.get("job")
+        if other not in (name, DIRECT) and not over(entry):
+            handle = job_of(stage, entry, folder.path, recipe)
         if other == name or handle is None:
             continue
         if over(entry):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -43,7 +44,7 @@ class Slurm:
 
     def listed(self) -> dict[str, str]:
         folder = self._run / JOBS
-        if not any(folder.glob("*.sbatch")):
+        if shutil.which("squeue") is None or not any(folder.glob("*.sbatch")):
             return {}
         found: dict[str, str] = {}
         for handle, state, script in own_jobs():

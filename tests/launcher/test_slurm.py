@@ -234,10 +234,12 @@ def test_a_job_whose_number_was_lost_is_taken_over(cluster, lost):
     assert waits == {stage.name: list(stage.needs) for stage in STAGES}
 
 
-def test_a_job_whose_number_was_lost_is_stopped(cluster, lost):
-    run, own = lost
-    stop = [sys.executable, "-m", "launcher", "stop", run]
-    assert f"quantizers (job {own[3]})" in cluster.run(*stop, env={"PYTHONPATH": str(ROOT)}).stdout
+def test_a_job_whose_number_was_lost_is_in_the_way_elsewhere_and_is_stopped(cluster, lost):
+    (run, own), env = lost, {"PYTHONPATH": str(ROOT)}
+    local = cluster.run(sys.executable, "-m", "launcher", "run", "quickstart", "-o", run, code=2, env=env)
+    assert f"quantizers still runs or waits, as job {own[3]} of slurm" in local.stderr
+    stopped = cluster.run(sys.executable, "-m", "launcher", "stop", run, env=env)
+    assert f"quantizers (job {own[3]})" in stopped.stdout
     assert len(queue(cluster)) == 4
     assert not set(own) & set(queue(cluster))
 
