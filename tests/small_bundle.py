@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import artifact
+from model.bundle import CODEC, JOINT, KIND, QUANTIZERS
 from model.config import (
     STAGES,
     CodecConfig,
@@ -21,7 +22,6 @@ from model.encoders.mel import MelCodec
 from model.encoders.towers import TwoTowers, fit_tokenizer
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC, TokenField
 from model.kmeans import ResidualKMeans
-from model.pipeline import CODEC, JOINT, KIND, QUANTIZERS
 from model.stage import build_stage
 
 ENCODERS = EncodersConfig(
