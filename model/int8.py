@@ -7,7 +7,7 @@ on a CPU than with all but a row or two at a time, and crash on some shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ SCALE = "scale"
 """What the last part of a weight's name becomes in that of its scales `[rows]`."""
 
 
-def is_linear(name: str, tensor: Tensor) -> bool:
+def is_linear(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter of a stage is the weight of a linear layer of its transformer: those are rounded. Embeddings,
     heads, norms and the conditions' own layers are not."""
-    return name.startswith("transformer.") and tensor.ndim == 2
+    return name.startswith("transformer.") and len(shape) == 2
 
 
 def quantised(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
