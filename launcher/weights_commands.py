@@ -15,23 +15,35 @@ from launcher.arguments import BY_STAGE, RunPath, require_new
 def export(
     run: RunPath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="Of the weights in the files.")] = "fp32",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="The transformers' linear layers in 8 bits, all else in --dtype.")
+    ] = False,
     average: Annotated[bool, typer.Option("--average", help="The moving average of the weights (ema_decay).")] = False,
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="K", help="The mean of the weights in the newest K checkpoints.")
+    ] = None,
 ) -> None:
-    """Write the bundle of a run whose three stages are trained: all that is needed to make music."""
+    """Write the bundle of a run whose three stages are trained: all that is needed to make music.
+
+    It is read back and every stage compared with the trained one before it gets its name.
+    """
     from dataclasses import replace
+    from functools import partial
 
     from launcher.display import ConsoleProgress
     from launcher.graph import origins
     from launcher.recipe import read_run_recipe
-    from launcher.stages.bundle import average_bundle
+    from launcher.stages.bundle import bundle
     from launcher.worker import build
+    from trainer.export import ExportOptions
 
     require_new(output)
     origin = origins(read_run_recipe(run))["bundle"]
-    if average:
-        origin = replace(origin, keys={**origin.keys, "average": True})
+    options = ExportOptions(dtype, int8, average, last)
+    origin = replace(origin, keys={**origin.keys, **options.changes})
     with ConsoleProgress(Console(stderr=True)) as progress:
-        build(run, origin, progress, output, average_bundle if average else None)
+        build(run, origin, progress, output, partial(bundle, options=options))
     print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
 
 
@@ -64,7 +76,7 @@ def generate(
         str | None, typer.Option(metavar="cpu|cuda", help="A GPU where there is one, when not given.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="auto|fp32|bf16", help="Of the weights; auto is bf16 on a GPU, fp32 on a CPU.")
+        str, typer.Option(metavar="auto|fp32|bf16|fp16", help="To compute in; auto is bf16 on a GPU, fp32 on a CPU.")
     ] = "auto",
 ) -> None:
     """Make music from words, or in the manner of a recording.

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.pipeline import MusicPipeline
+    from model.pipeline import MusicPipeline, Samples
 
-__all__ = ["MusicPipeline"]
+__all__ = ["MusicPipeline", "Samples"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: configuration and artifacts must not wait for torch.
-    if name == "MusicPipeline":
-        from model.pipeline import MusicPipeline
+    if name in __all__:
+        from model import pipeline
 
-        return MusicPipeline
+        return getattr(pipeline, name)
     raise AttributeError(f"module 'model' has no attribute {name!r}")

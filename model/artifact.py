@@ -20,6 +20,8 @@ from model.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""A page for people, who may edit it: no manifest lists it."""
 PARTIAL = ".partial"
 UNFINISHED = ".unfinished"
 WORK = ".work"
@@ -82,9 +84,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """`{relative path: {"bytes": …, "sha256": …}}` for `names`, or every file below `folder` except its manifest."""
+    """`{relative path: {"bytes": …, "sha256": …}}` for `names`, or every file below `folder` but manifest and card."""
     found = folder.rglob("*") if names is None else (folder / name for name in names)
-    files = sorted(path for path in found if path.is_file() and path != folder / MANIFEST)
+    files = sorted(path for path in found if path.is_file() and path not in (folder / MANIFEST, folder / CARD))
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in files

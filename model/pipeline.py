@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from model import artifact
-from model.config import STAGES, EncodersConfig, ExecutionConfig, SamplingConfig, StageModelConfig, StageName
+from model.bundle import CODEC, JOINT, QUANTIZERS, load_stage, open_bundle, read_fields, read_tensors, refusing_others
+from model.config import STAGES, EncodersConfig, ExecutionConfig, SamplingConfig, StageName
 from model.encoders import load_codec, load_joint_embedder
 from model.encoders.base import Codec, JointEmbedder, within_full_scale
+from model.encoders.pretrained import SECTIONS
 from model.errors import UserError
 from model.fields import ACOUSTIC, CONDITIONING, TokenField
 from model.generation import GenerationConfig
 from model.kmeans import ResidualKMeans
 from model.sampling import Sampler, generate_stage
-from model.stage import StageTransformer, build_stage
+from model.stage import StageTransformer
 
-KIND = "bundle"
-QUANTIZERS = "quantizers.safetensors"
-CODEC = Path("encoders/codec")
-JOINT = Path("encoders/joint")
 BATCH = 32
 """Clips generated together: guidance doubles it, and every clip keeps a key/value cache."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PerStage = Mapping[StageName, Any]
+OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated music: `waveform` is float32 `[clips, samples]` in [-1, 1], of a stereo codec `[clips, 2, samples]`."""
+    """Generated music, clip after clip, with what it was made of. All tensors are on the CPU."""
 
     waveform: Tensor
+    """float32 `[clips, samples]` in [-1, 1], of a stereo codec `[clips, 2, samples]`."""
     sample_rate: int
+    codes: dict[StageName, Tensor]
+    """What each stage drew, int64 `[clips, frames, quantizers]`; the codec decodes those of coarse and fine, side by
+    side."""
+    scores: dict[StageName, Tensor]
+    """Mean log-probability of these codes in nats, float64 `[clips]`: of each code given those before it and the clip's
+    conditions, by the stage as it was trained. Guidance, temperature, top-k and top-p, which change what is drawn, do
+    not enter, so that clips compare however they were drawn. The nearer to 0, the likelier the stage takes the clip."""
+    conditioning: Tensor
+    """The codes of what each clip follows, int64 `[clips, 1, quantizers]`."""
+    prompts: tuple[str | None, ...]
+    """The words each clip follows; None where it follows a recording."""
+    seeds: tuple[int, ...]
+    """Of each clip: its prompt and this seed alone make it again."""
 
 
 class MusicPipeline:
@@ -64,33 +76,41 @@ class MusicPipeline:
         """Whether the models were trained with captions, without which words mean nothing to them."""
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str | None = None, dtype: str = "auto") -> MusicPipeline:
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: str = "auto",
+        *,
+        verify: bool = True,
+        weights: Mapping[str, str] | None = None,
+    ) -> MusicPipeline:
         """The bundle at `path`, its stages on `device` (a GPU where there is one) with weights of `dtype`.
 
-        `auto` is fp32 on a CPU and bf16 on a GPU. Encoders, codec and quantizers stay in fp32 on the CPU. Raises
-        UserError where `path` is no bundle, a file of it is missing or cut short, or there is no such device or dtype.
+        `dtype` is fp32, bf16 or fp16; `auto` is fp32 on a CPU and bf16 on a GPU, whatever the bundle was
+        exported in. Encoders, codec and quantizers stay in fp32 on the CPU. With `verify` the digest of every file is
+        compared first, which takes a second or so for a gigabyte. `weights` says where those of pretrained encoders
+        are on this machine, as a recipe would (docs/encoders.md), under "codec" and "joint". Raises UserError where
+        `path` is no bundle, a file of it is missing, cut short, changed or no safetensors, or there is no such device
+        or dtype.
         """
         device = choose_device(device)
-        weights = choose_dtype(dtype, device)
-        bundle = artifact.read(Path(path), KIND)
-        incomplete = artifact.problems(bundle, digests=False)
-        if incomplete:
-            raise UserError(f"The bundle {path} is not whole: {incomplete[0]}. Export it again.")
-        info = bundle.info
-        fields = {name: TokenField.from_json(value) for name, value in info["fields"].items()}
-        quantizers = load_file(bundle.path / QUANTIZERS)
-        encoders = EncodersConfig.model_validate(info["encoders"])
-        stages: dict[StageName, StageTransformer] = {}
-        for name in STAGES:
-            stage = build_stage(StageModelConfig.model_validate(info["stages"][name]), fields, quantizers)
-            stage.load_state_dict(load_file(bundle.path / f"{name}.safetensors"))
-            stages[name] = ready(stage, device, weights)
+        chosen = choose_dtype(dtype, device)
+        bundle = open_bundle(Path(path), verify)
+        folder, info = bundle.path, bundle.info
+        quantizers = read_tensors(folder / QUANTIZERS)
+        encoders = with_weights(EncodersConfig.model_validate(info["encoders"]), weights or {})
+        stages = {name: ready(load_stage(folder, info, name, quantizers), device, chosen) for name in STAGES}
+        with refusing_others(folder / JOINT):
+            embedder = load_joint_embedder(folder / JOINT, encoders.joint)
+        with refusing_others(folder / CODEC):
+            codec = load_codec(folder / CODEC, encoders.codec)
         return cls(
             stages,
-            fields,
+            read_fields(info),
             ResidualKMeans.from_centroids(quantizers[CONDITIONING]),
-            load_joint_embedder(bundle.path / JOINT, encoders.joint),
-            load_codec(bundle.path / CODEC, encoders.codec),
+            embedder,
+            codec,
             SamplingConfig.model_validate(info["sampling"]),
             info["captions"],
         )
@@ -108,7 +128,7 @@ class MusicPipeline:
         top_p: float | PerStage | None = None,
         cfg: float | PerStage | None = None,
         overlap: float = 0.5,
-        on_step: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        on_step: OnStep = lambda stage, done, total: None,
     ) -> Samples:
         """Music for each of `prompts`, or in the manner of each wave of `like [waves, time]` at the embedder's rate.
 
@@ -126,10 +146,25 @@ class MusicPipeline:
         self._check_frames(seconds)
         conditioning = self.quantizer.encode(self._embed(prompts, like).cpu())[:, None]
         conditioning = conditioning.repeat_interleave(config.samples, dim=0)
-        waves = [
-            self.codec.decode(codes.cpu()) for codes in self._acoustic_codes(conditioning, seconds, config, on_step)
-        ]
-        return Samples(within_full_scale(torch.cat(waves)), self.codec.sample_rate)
+        waves, made, scores = [], [], []
+        for number, rows in enumerate(conditioning.split(BATCH)):
+            step = _of_batch(on_step, number, -(-len(conditioning) // BATCH))
+            codes, score = self._generate_batch(rows, config.seed + number * BATCH, seconds, config, step)
+            waves.append(self.codec.decode(codes[ACOUSTIC]))
+            made.append(codes)
+            scores.append(score)
+        whole = {name: torch.cat([codes[name] for codes in made]) for name in made[0]}
+        words: Sequence[str | None] = prompts or [None] * len(conditioning)
+        parts = self.stages.items()
+        return Samples(
+            within_full_scale(torch.cat(waves)),
+            self.codec.sample_rate,
+            {name: whole[s.target.name][..., s.quantizers.start : s.quantizers.stop] for name, s in parts},
+            {name: torch.cat([score[name] for score in scores]) for name in self.stages},
+            conditioning,
+            tuple(words[clip // config.samples] for clip in range(len(conditioning))),
+            tuple(range(config.seed, config.seed + len(conditioning))),
+        )
 
     def _embed(self, prompts: list[str] | None, like: Tensor | None) -> Tensor:
         """Unit vectors `[prompts or waves, dim]` of what the music is to follow."""
@@ -161,37 +196,48 @@ class MusicPipeline:
         chosen = {name: getattr(self.sampling, name) | getattr(asked, name) for name in SamplingConfig.model_fields}
         return samplers(SamplingConfig(**chosen))
 
-    def _acoustic_codes(
-        self,
-        conditioning: Tensor,
-        seconds: float,
-        config: GenerationConfig,
-        on_step: Callable[[str, int, int], None],
-    ) -> Iterator[Tensor]:
-        """The codes that the codec decodes, `[clips, frames, quantizers]`, a batch of clips at a time."""
-        samplers = self._samplers(config)
-        batches = conditioning.split(BATCH)
-        for number, rows in enumerate(batches):
-            first = config.seed + number * BATCH
-            codes = {CONDITIONING: rows.to(self._device)}
-            for index, (name, stage) in enumerate(self.stages.items()):
-                field = stage.target
-                # Whole-size from the start: the coarse and the fine stage fill in their own quantizers.
-                shape = (len(rows), field.frames(seconds), field.quantizers)
-                whole = codes.setdefault(field.name, torch.zeros(shape, dtype=torch.long, device=self._device))
-                # No two stages draw the same random numbers.
-                seeds = [(first + clip) * len(self.stages) + index for clip in range(len(rows))]
-
-                def report(done: int, total: int, name: str = name, number: int = number) -> None:
-                    on_step(name, number * total + done, len(batches) * total)
-
-                made = generate_stage(stage, codes, seconds, samplers[name], seeds, config.overlap, report)
-                whole[..., stage.quantizers.start : stage.quantizers.stop] = made
-            yield codes[ACOUSTIC]
+    def _generate_batch(
+        self, conditioning: Tensor, seed: int, seconds: float, config: GenerationConfig, on_step: OnStep
+    ) -> tuple[dict[str, Tensor], dict[StageName, Tensor]]:
+        """The codes of every field, whole-size `[clips, frames, quantizers]`, and each stage's mean log-probability of
+        its own, `[clips]`: of the clips that follow `conditioning`, the first with `seed`."""
+        samplers, clips = self._samplers(config), len(conditioning)
+        codes = {CONDITIONING: conditioning.to(self._device)}
+        scores = {}
+        for index, (name, stage) in enumerate(self.stages.items()):
+            field = stage.target
+            # Whole-size from the start: the coarse and the fine stage fill in their own quantizers.
+            shape = (clips, field.frames(seconds), field.quantizers)
+            whole = codes.setdefault(field.name, torch.zeros(shape, dtype=torch.long, device=self._device))
+            # No two stages draw the same random numbers.
+            seeds = [(seed + clip) * len(self.stages) + index for clip in range(clips)]
+            total = torch.zeros(clips, dtype=torch.float64, device=self._device)
+            report = partial(on_step, name)
+            made = generate_stage(stage, codes, seconds, samplers[name], seeds, config.overlap, report, scores=total)
+            whole[..., stage.quantizers.start : stage.quantizers.stop] = made
+            scores[name] = (total / made[0].numel()).cpu()
+        return {name: made.cpu() for name, made in codes.items()}, scores
 
     @property
     def _device(self) -> torch.device:
         return self.stages["semantic"].embedding.weight.device
+
+
+def _of_batch(on_step: OnStep, number: int, batches: int) -> OnStep:
+    """What reports a step of the batch `number` as one of all `batches`."""
+    return lambda stage, done, total: on_step(stage, number * total + done, batches * total)
+
+
+def with_weights(encoders: EncodersConfig, weights: Mapping[str, str]) -> EncodersConfig:
+    """`encoders` with the `weights` of codec and joint embedder read from elsewhere."""
+    for part in weights:
+        if part not in ("codec", "joint"):
+            raise UserError(f"weights: there is no encoder {part!r} to generate with. Choose codec, joint.")
+        kind = getattr(encoders, part).kind
+        if kind not in SECTIONS:
+            raise UserError(f"weights: the {part} of this bundle is {kind}, whose weights are in it.")
+    changed = {part: getattr(encoders, part).model_copy(update={"weights": place}) for part, place in weights.items()}
+    return encoders.model_copy(update=changed)
 
 
 def ready(stage: StageTransformer, device: torch.device, dtype: torch.dtype) -> StageTransformer:
@@ -232,5 +278,5 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return DTYPES["bf16" if device.type == "cuda" else "fp32"]
     if name not in DTYPES:
-        raise UserError(f"dtype is {name!r}: it must be auto, fp32 or bf16.")
+        raise UserError(f"dtype is {name!r}: it must be auto, {', '.join(DTYPES)}.")
     return DTYPES[name]

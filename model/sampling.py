@@ -60,13 +60,15 @@ def generate_window(
     known: Tensor | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     dropped: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Codes `[B, frames, Q]` of one window.
 
     `conditions` maps fields to codes that start where the window starts; `uniform [B, frames, Q]` holds the random
     numbers; the first frames may be `known [B, K, Q]` and are then kept; `dropped [B, N]` (bool) names the conditions,
-    in the recipe's order, that a row does without, though it has codes for them. Raises UserError where the conditions
-    do not fit the stage or logits are not finite.
+    in the recipe's order, that a row does without, though it has codes for them. To `scores` `[B]` is added what
+    `log_probability` gives for each code that is drawn. Raises UserError where the conditions do not fit the stage or
+    logits are not finite.
     """
     batch = len(uniform)
     stage.check(conditions, frames)
@@ -97,13 +99,15 @@ def generate_window(
         embedded = stage.embedding.weight.new_zeros(batch, stage.embedding.embedding_dim)
         for frame, quantizer in pattern.codes_at(step):
             if frame >= first_free:
-                logits = heads[quantizer](hidden).float()
+                logits = conditioned = heads[quantizer](hidden).float()
                 if guided:
                     conditioned, free = logits.chunk(2)
                     logits = free + sampler.cfg * (conditioned - free)
                 # Looked at once, at the end: a GPU would wait at every look.
                 first_bad = torch.where(logits.isfinite().all(), first_bad, first_bad.clamp_max(step))
                 codes[:, frame, quantizer] = sampler.draw(logits, uniform[:, frame, quantizer])
+                if scores is not None:
+                    scores += log_probability(conditioned, codes[:, frame, quantizer])
             embedded = embedded + stage.embedding(codes[:, frame, quantizer] + stage.offsets[quantizer])
         if step + 1 < pattern.steps:
             step_in = (embedded.repeat(2, 1) if guided else embedded)[:, None] + added[:, step + 1 : step + 2]
@@ -114,6 +118,15 @@ def generate_window(
             "the weights are damaged or their training diverged. Export an earlier checkpoint, or train again."
         )
     return codes
+
+
+def log_probability(logits: Tensor, codes: Tensor) -> Tensor:
+    """Of `codes` `[B]` under the conditioned `logits` `[B, C]`, in nats: `[B]`.
+
+    The stage's own distribution, before guidance, temperature, top-k and top-p: it says how likely the stage takes what
+    was drawn, and means the same however that was drawn.
+    """
+    return logits.log_softmax(dim=-1).gather(-1, codes[:, None])[:, 0]
 
 
 def window_starts(total: Fraction, window: Fraction, overlap: Fraction, grid: Fraction) -> list[Fraction]:
@@ -137,12 +150,13 @@ def generate_stage(
     overlap: float = 0.5,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     dropped: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Codes `[B, frames, Q]` for `seconds`, window after window; `overlap` is a share of the window.
 
     `conditions` hold whole-length codes, except the conditioning row `[B, 1, Q]`, which every window sees; of those
-    that `dropped [B, N]` names for a row, it sees none. The same
-    seed gives the same codes whatever else is in the batch.
+    that `dropped [B, N]` names for a row, it sees none. To `scores` `[B]` is added the `log_probability` of every code,
+    each by the window that drew it. The same seed gives the same codes whatever else is in the batch.
     """
     stage = prepacked(stage)
     target = stage.target
@@ -169,7 +183,7 @@ def generate_stage(
             on_step(number * steps + step, len(starts) * steps)
 
         codes[:, first:end] = generate_window(
-            stage, cut, end - first, sampler, uniform[:, first:end], known, report, dropped
+            stage, cut, end - first, sampler, uniform[:, first:end], known, report, dropped, scores
         )
         done = end
     return codes

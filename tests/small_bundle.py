@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import artifact
+from model.bundle import CODEC, JOINT, KIND, QUANTIZERS
 from model.config import (
     STAGES,
     CodecConfig,
@@ -21,8 +22,7 @@ from model.encoders.mel import MelCodec
 from model.encoders.towers import TwoTowers, fit_tokenizer
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC, TokenField
 from model.kmeans import ResidualKMeans
-from model.pipeline import CODEC, JOINT, KIND, QUANTIZERS
-from model.stage import build_stage
+from model.stage import StageTransformer, build_stage
 
 ENCODERS = EncodersConfig(
     codec=CodecConfig(quantizers=3, codebook_size=32), joint=JointEmbedderConfig(dim=16, width=64)
@@ -36,9 +36,8 @@ FIELDS = {
 PROMPTS = ["a slow flute", "a fast low bell with drums"]
 
 
-def make_bundle(folder: Path, *, captions: bool = True) -> Path:
-    """Writes a bundle to `folder`. Its weights are large enough for the prompt and every code to matter."""
-    torch.manual_seed(0)
+def fitted_parts() -> tuple[MelCodec, TwoTowers, dict[str, torch.Tensor]]:
+    """A codec, a joint embedder and the centroids of the conditioning."""
     towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128)).eval()
     codec = MelCodec(ENCODERS.codec)
     codec.quantizer.fit([codec.vectors(0.3 * torch.randn(4, 32_000).cumsum(1).sin()).flatten(0, 1)])
@@ -46,13 +45,24 @@ def make_bundle(folder: Path, *, captions: bool = True) -> Path:
     words = " ".join(PROMPTS).split()
     # Embeddings of untrained towers lie close together: only centroids among them tell the prompts apart.
     conditioning.fit([towers.embed_text([" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)])])
-    quantizers = {CONDITIONING: conditioning.centroids}
+    return codec, towers, {CONDITIONING: conditioning.centroids}
+
+
+def random_stage(config: StageModelConfig, quantizers: dict[str, torch.Tensor]) -> StageTransformer:
+    """With weights large enough for the prompt and every code to matter."""
+    stage = build_stage(config, FIELDS, quantizers)
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return stage
+
+
+def make_bundle(folder: Path, *, captions: bool = True) -> Path:
+    """Writes a bundle to `folder`."""
+    torch.manual_seed(0)
+    codec, towers, quantizers = fitted_parts()
     with artifact.create(folder, KIND, "0" * 16) as (partial, info):
         for name, config in stage_configs().items():
-            stage = build_stage(config, FIELDS, quantizers)
-            for parameter in stage.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)
-            save_file(stage.state_dict(), partial / f"{name}.safetensors")
+            save_file(random_stage(config, quantizers).state_dict(), partial / f"{name}.safetensors")
         save_file(quantizers, partial / QUANTIZERS)
         for part, model in ((CODEC, codec), (JOINT, towers)):
             (partial / part).mkdir(parents=True)

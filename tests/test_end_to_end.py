@@ -48,7 +48,7 @@ def test_a_folder_of_audio_becomes_a_bundle_and_a_report(captioned):
 def test_the_average_of_the_weights_is_exported_on_request(captioned, tmp_path):
     run, _, _ = captioned
     stretto("export", run, tmp_path / "bundle", "--average")
-    assert artifact.read(tmp_path / "bundle", "bundle").info["average"]
+    assert artifact.read(tmp_path / "bundle", "bundle").info["weights"]["average"]
     assert "moving averages" in (tmp_path / "bundle" / "README.md").read_text()
     average = (run / "coarse" / "average.safetensors").read_bytes()
     assert (tmp_path / "bundle" / "coarse.safetensors").read_bytes() == average

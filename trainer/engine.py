@@ -28,9 +28,10 @@ from model.config import ExecutionConfig
 from model.dropping import Dropped
 from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
+from trainer.checkpoint_folder import WEIGHTS
 from trainer.config import TrainConfig
 from trainer.deepspeed_settings import check_precision, deepspeed_config, swap_folders
-from trainer.fragments import WEIGHTS, Fragment, fragments, gathered, replicated, set_updates, unseen_norm, updates
+from trainer.fragments import Fragment, fragments, gathered, replicated, set_updates, unseen_norm, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
 from trainer.stopwatch import Stopwatch

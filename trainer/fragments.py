@@ -20,10 +20,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from trainer.checkpoint_folder import WEIGHTS
 from trainer.optimizer import AdamW
-
-WEIGHTS = "weights"
-"""The fp32 weights among the tensors of a fragment; the others have the names of the optimizer's state."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from trainer.large_file import LargeFile
 
-DTYPES = {"torch.float32": "F32", "torch.uint8": "U8", "torch.int64": "I64", "torch.float64": "F64"}
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int8": "I8", "torch.uint8": "U8",
+}  # fmt: skip
 BLOCK_BYTES = 16 << 20
 
 

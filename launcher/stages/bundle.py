@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.stage import Context, Stage, picked
 
+if TYPE_CHECKING:
+    from trainer.export import ExportOptions
 
-def bundle(context: Context) -> dict[str, Any]:
+
+def bundle(context: Context, options: ExportOptions | None = None) -> dict[str, Any]:
     from trainer.export import export_bundle
 
-    return export_bundle(context.run, context.folder, context.progress)
-
-
-def average_bundle(context: Context) -> dict[str, Any]:
-    from trainer.export import export_bundle
-
-    return export_bundle(context.run, context.folder, context.progress, average=True)
+    return export_bundle(context.run, context.folder, context.progress, options)
 
 
 def samples(context: Context) -> dict[str, Any]:
@@ -30,7 +27,7 @@ STAGES = (
         "bundle",
         ("codec", "embedding", "quantizers", "tokens", "semantic", "coarse", "fine"),
         picked("sampling"),
-        1,
+        2,
         bundle,
     ),
     Stage("samples", ("corpus", "codec", "bundle"), picked("seed", "evaluation"), 2, samples),

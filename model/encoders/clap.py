@@ -15,7 +15,15 @@ from torch import Tensor
 from model.config import JointEmbedderConfig
 from model.encoders.laion import load_laion
 from model.encoders.precision import computing_in
-from model.encoders.pretrained import PREPROCESSOR, find_weights, load_pretrained, read_json, save_note, weights_key
+from model.encoders.pretrained import (
+    PREPROCESSOR,
+    check_note,
+    find_weights,
+    load_pretrained,
+    read_json,
+    save_note,
+    weights_key,
+)
 from model.errors import UserError
 
 BATCH = 64
@@ -75,6 +83,7 @@ class ClapEmbedder:
 
     @classmethod
     def load(cls, folder: Path, config: JointEmbedderConfig) -> ClapEmbedder:
+        check_note(folder, config)
         return cls(config)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.config import CodecConfig
 from model.encoders.checkpoint import fill, read_tensors
 from model.encoders.encodec_waves import Continuous, Segmented
-from model.encoders.pretrained import find_weights, load_pretrained, save_note, weights_key
+from model.encoders.pretrained import check_note, find_weights, load_pretrained, save_note, weights_key
 from model.errors import UserError
 from model.fields import ACOUSTIC, TokenField
 
@@ -88,6 +88,7 @@ class EncodecCodec:
 
     @classmethod
     def load(cls, folder: Path, config: CodecConfig) -> EncodecCodec:
+        check_note(folder, config)
         return cls(config)
 
 

@@ -8,6 +8,7 @@ machines would ask for each process, and an answer that changes would change the
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ TOKENIZERS = ("roberta-base", "FacebookAI/roberta-base")
 """The tokenizer of LAION's checkpoints, by both of its hub ids."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 NOTE = "pretrained.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def weights_name(config: EncoderConfig) -> str:
@@ -202,5 +204,44 @@ def read_json(kind: str, folder: Path, name: str) -> dict[str, Any]:
 
 def save_note(folder: Path, config: EncoderConfig) -> None:
     """Writes which weights were used: pretrained weights are not copied into artifacts."""
-    note = {"kind": config.kind, "weights": weights_name(config), "digest": weights_digest(config)}
+    note = {
+        "kind": config.kind,
+        "weights": weights_name(config),
+        "digest": weights_digest(config),
+        "files": weights_files(config),
+        "get": how_to_get(config),
+    }
     (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def check_note(folder: Path, config: EncoderConfig) -> None:
+    """Raises UserError where a file of the weights that `config` finds here is not the one that the note in `folder`
+    speaks of: codes and embeddings would mean something else."""
+    if not (folder / NOTE).is_file():
+        return
+    note = json.loads((folder / NOTE).read_text())
+    noted = note.get("files", {})  # those of earlier versions are not listed
+    for name, digest in weights_files(config).items() if noted else ():
+        if noted.get(name, digest) != digest:
+            raise UserError(
+                f"{weights_key(config.kind)}: {name} of {weights_name(config)} here is not the one that {folder} was "
+                f"made with. {note['get']}"
+            )
+
+
+def weights_files(config: EncoderConfig) -> dict[str, str]:
+    """SHA-256 of the files that hold the weights, by name. Raises UserError where `find_weights` does."""
+    source = find_weights(config)
+    if source.is_file():
+        return {source.name: _digest(source)}
+    return {file.name: _digest(file) for file in sorted(source.iterdir()) if file.suffix in (".safetensors", ".bin")}
+
+
+def how_to_get(config: EncoderConfig) -> str:
+    """A sentence on where the weights come from."""
+    name = weights_name(config)
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        return f"Fetch them with `hf download {name}`."
+    if Path(name).suffix in FILE_SUFFIXES and config.kind in OWN_FILES:
+        return f"They are the file {Path(name).name}. {OWN_FILES[config.kind]}"
+    return f"They are files in a folder called {Path(name).name}; ask whoever made this for it."

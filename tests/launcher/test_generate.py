@@ -135,7 +135,7 @@ def test_the_weights_can_be_in_bf16(music):
             ["--device", "cuda:99"],
             f"device is 'cuda:99': torch finds {torch.cuda.device_count()} GPUs here. Choose cpu.",
         ),
-        (["--dtype", "fp16"], "dtype is 'fp16': it must be auto, fp32 or bf16."),
+        (["--dtype", "fp8"], "dtype is 'fp8': it must be auto, fp32, bf16, fp16."),
     ],
 )
 def test_a_bad_value_is_one_line_before_anything_is_loaded(generate, tmp_path, monkeypatch, arguments, line):

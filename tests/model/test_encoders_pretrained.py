@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from model.encoders import (
     load_semantic_encoder,
 )
 from model.encoders.base import Codec, JointEmbedder, SemanticEncoder, embed_windows
+from model.encoders.pretrained import how_to_get
 from model.errors import UserError
 from model.kmeans import ResidualKMeans
 
@@ -64,6 +66,31 @@ def test_encodec_saves_a_note_and_no_weights(encodec, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pretrained.json"]
     assert json.loads((tmp_path / "pretrained.json").read_text())["weights"] == str(encodec)
     assert load_codec(tmp_path, config).field.quantizers == 4
+
+
+def test_other_weights_than_those_noted_are_refused(encodec, tmp_path):
+    """They may lie elsewhere, but they must be the same."""
+    note, moved = tmp_path / "codec", shutil.copytree(encodec, tmp_path / "moved")
+    note.mkdir()
+    load_codec(encodec, CodecConfig(**CODEC, weights=str(encodec))).save(note)
+    config = CodecConfig(**CODEC, weights=str(moved))
+    assert load_codec(note, config).field.quantizers == 4
+    shutil.rmtree(moved)
+    save_encodec(moved, stereo=True)
+    with pytest.raises(UserError, match=r"encoders\.codec\.weights: model.safetensors of .*moved here is not the one"):
+        load_codec(note, config)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("facebook/encodec_24khz", "`hf download facebook/encodec_24khz`"),
+        ("/somewhere/encodec_24khz-d7cc33bc.th", "https://dl.fbaipublicfiles.com/encodec"),
+        ("/somewhere/ours", "a folder called ours"),
+    ],
+)
+def test_it_is_said_where_weights_come_from(weights, words):
+    assert words in how_to_get(CodecConfig(**{**CODEC, "weights": weights}))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from small_bundle import PROMPTS, WINDOW_SECONDS, make_bundle
 
 from model import MusicPipeline
 from model.config import STAGES, SamplingConfig
+from model.encoders.base import within_full_scale
 from model.errors import UserError
 from model.generation import ALLOWED, GenerationConfig
 
@@ -116,7 +117,7 @@ def test_overlap_says_how_much_of_the_past_a_window_sees(codes):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+    ("dtype", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_the_stages_have_the_type_asked_for_and_the_rest_stays(bundle, dtype, expected):
     pipeline = MusicPipeline.load(bundle, "cpu", dtype=dtype)
@@ -172,9 +173,42 @@ def test_every_bound_has_its_words():
         ({"device": "gpu"}, "device is 'gpu': it must be cpu or cuda."),
         ({"device": "meta"}, "device is 'meta': it must be cpu or cuda."),
         ({"device": "cuda:99"}, r"device is 'cuda:99': torch finds \d+ GPUs here. Choose cpu."),
-        ({"dtype": "fp16"}, "dtype is 'fp16': it must be auto, fp32 or bf16."),
+        ({"dtype": "int8"}, "dtype is 'int8': it must be auto, fp32, bf16, fp16."),
+        ({"weights": {"codec": "x"}}, "weights: the codec of this bundle is mel, whose weights are in it."),
+        ({"weights": {"semantic": "x"}}, "weights: there is no encoder 'semantic' to generate with."),
     ],
 )
-def test_a_device_or_type_that_is_not_there_is_refused(bundle, where, words):
+def test_a_device_type_or_encoder_that_is_not_there_is_refused(bundle, where, words):
     with pytest.raises(UserError, match=words):
         MusicPipeline.load(bundle, **where)
+
+
+def test_the_music_comes_with_the_codes_it_was_made_of(pipeline):
+    """Of each stage; a stage, given them, finds them as likely as their scores say, however they were drawn."""
+    made = pipeline.generate(PROMPTS, samples=2, seconds=0.8, seed=3, cfg=2.0, temperature=0.7, top_k=9)
+    assert {name: codes.shape for name, codes in made.codes.items()} == {
+        "semantic": (4, 20, 1), "coarse": (4, 20, 1), "fine": (4, 20, 2),
+    }  # fmt: skip
+    assert made.prompts == (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
+    assert made.seeds == (3, 4, 5, 6)
+    acoustic = torch.cat([made.codes["coarse"], made.codes["fine"]], dim=-1)
+    assert torch.allclose(within_full_scale(pipeline.codec.decode(acoustic)), made.waveform)
+    batch = {"conditioning": made.conditioning, "semantic": made.codes["semantic"], "acoustic": acoustic}
+    for name, stage in pipeline.stages.items():
+        own = stage.own_codes(batch)
+        with torch.no_grad():
+            logits = stage.logits(batch).log_softmax(-1)
+        expected = logits.gather(-1, own[..., None]).mean(dim=(1, 2, 3))
+        assert torch.allclose(made.scores[name].float(), expected, atol=1e-4), name
+
+
+def test_the_scores_of_longer_music_count_every_code_once(pipeline):
+    whole = pipeline.generate(PROMPTS[:1], seconds=1.6, temperature=1e-6)
+    assert all(-0.5 > score.item() > -20 for score in whole.scores.values())
+    first = pipeline.generate(PROMPTS[:1], seconds=1.0, temperature=1e-6)
+    assert torch.equal(first.codes["semantic"], whole.codes["semantic"][:, :25])
+
+
+def test_a_recording_stands_for_the_prompt(pipeline):
+    made = pipeline.generate(like=torch.randn(2, 16_000), seconds=0.2)
+    assert made.prompts == (None, None)

@@ -1,0 +1,103 @@
+"""What is wrong with a bundle's files is named, and nothing but tensors is loaded from them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_bundle import make_bundle
+
+from model import MusicPipeline, artifact
+from model.errors import UserError
+from model.int8 import is_linear, quantised
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def copy_of(bundle, folder):
+    return shutil.copytree(bundle, folder / "copy")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fine.safetensors", "quantizers.safetensors", "encoders/joint/tokenizer.json", "encoders/codec/codec.safetensors"],
+)
+def test_a_file_with_a_changed_byte_is_named(bundle, tmp_path, name):
+    file = copy_of(bundle, tmp_path) / name
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{file} has changed"):
+        MusicPipeline.load(tmp_path / "copy", "cpu")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_that_is_missing_or_cut_short_is_named(bundle, tmp_path, verify):
+    copy = copy_of(bundle, tmp_path)
+    file = copy / "coarse.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{file} has .* bytes"):
+        MusicPipeline.load(copy, "cpu", verify=verify)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        MusicPipeline.load(copy, "cpu", verify=verify)
+
+
+def reseal(bundle):
+    """Makes the manifest say that the files are as they should be."""
+    found = artifact.read(bundle)
+    artifact.write_manifest(bundle, found.kind, found.fingerprint, info=found.info)
+
+
+@pytest.mark.parametrize("name", ["semantic.safetensors", "quantizers.safetensors", "encoders/codec/codec.safetensors"])
+def test_a_pickle_is_never_loaded(bundle, tmp_path, name):
+    """Not even where the manifest says that it belongs there."""
+    copy = copy_of(bundle, tmp_path)
+    torch.save(load_file(bundle / name), copy / name)
+    reseal(copy)
+    with pytest.raises(UserError, match=r"not read as safetensors.*pickle"):
+        MusicPipeline.load(copy, "cpu")
+
+
+def test_weights_of_another_model_are_refused(bundle, tmp_path):
+    copy = copy_of(bundle, tmp_path)
+    shutil.copyfile(bundle / "semantic.safetensors", copy / "fine.safetensors")
+    reseal(copy)
+    with pytest.raises(
+        UserError, match=r"fine.safetensors holds another model.*conditions.0.sum_in.weight is .*missing exp"
+    ):
+        MusicPipeline.load(copy, "cpu")
+
+
+def test_the_model_card_may_be_edited(bundle, tmp_path):
+    """It is a page for people: to add a licence, say."""
+    copy = copy_of(bundle, tmp_path)
+    (copy / "README.md").write_text("# My model")
+    reseal(copy)
+    (copy / "README.md").write_text("# My model, under a licence")
+    assert artifact.problems(artifact.read(copy)) == []
+
+
+def test_weights_of_fewer_bits_sound_like_themselves(bundle, tmp_path):
+    """Files in fp16, bf16 and 8 bits load as what they are rounded to."""
+    copy = copy_of(bundle, tmp_path)
+    whole = load_file(bundle / "semantic.safetensors")
+    for convert in (
+        lambda name, value: {name: value.half()},
+        lambda name, value: {name: value.bfloat16()},
+        lambda name, value: dict(quantised(name, value)) if is_linear(name, value.shape) else {name: value},
+    ):
+        stored = {key: part for name, value in whole.items() for key, part in convert(name, value).items()}
+        save_file(stored, copy / "semantic.safetensors")
+        reseal(copy)
+        stage = MusicPipeline.load(copy, "cpu").stages["semantic"]
+        for name, value in stage.state_dict().items():
+            assert value.dtype == torch.float32
+            row = whole[name].flatten(1) if value.ndim > 1 else whole[name][None]
+            step = row.abs().amax(dim=1).max() / 127
+            assert (value - whole[name]).abs().max() <= step / 2 + 1e-6, name
