@@ -36,8 +36,12 @@ FIELDS = {
 PROMPTS = ["a slow flute", "a fast low bell with drums"]
 
 
-def make_bundle(folder: Path, *, captions: bool = True) -> Path:
-    """Writes a bundle to `folder`. Its weights are large enough for the prompt and every code to matter."""
+def make_bundle(folder: Path, *, captions: bool = True, stages: dict[str, StageModelConfig] | None = None) -> Path:
+    """Writes a bundle to `folder`, of `stages` where they are not `stage_configs()`.
+
+    Its weights are large enough for the prompt and every code to matter.
+    """
+    stages = stages or stage_configs()
     torch.manual_seed(0)
     towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128)).eval()
     codec = MelCodec(ENCODERS.codec)
@@ -48,7 +52,7 @@ def make_bundle(folder: Path, *, captions: bool = True) -> Path:
     conditioning.fit([towers.embed_text([" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)])])
     quantizers = {CONDITIONING: conditioning.centroids}
     with artifact.create(folder, KIND, "0" * 16) as (partial, info):
-        for name, config in stage_configs().items():
+        for name, config in stages.items():
             stage = build_stage(config, FIELDS, quantizers)
             for parameter in stage.parameters():
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -62,7 +66,7 @@ def make_bundle(folder: Path, *, captions: bool = True) -> Path:
             captions=captions,
             encoders=ENCODERS.model_dump(mode="json"),
             sampling={},
-            stages={name: config.model_dump(mode="json") for name, config in stage_configs().items()},
+            stages={name: config.model_dump(mode="json") for name, config in stages.items()},
         )
     return folder
 
