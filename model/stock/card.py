@@ -20,8 +20,8 @@ STOCK = """\
     print(codes.decode(made))                # [batch, frames, quantizers]
 
 `StageCodes` makes ids of codes, keeps `generate` to the codes of the quantizer whose turn it is, and makes codes of
-ids. A window that starts with known codes goes on from `codes.prompt(conditions, known)`. Guidance (the bundle's own
-scale is {guidance:g}) is
+ids. A window that starts with known codes goes on from `codes.prompt(conditions, known)`. Guidance with a
+scale of {guidance:g} is
 
     model.generate(
         codes.prompt(conditions), logits_processor=[codes],
@@ -50,15 +50,18 @@ def model_card(stage: StageTransformer, config: dict[str, Any], recipe: str | No
     shapes = {name: f"torch.zeros(1, {_frames(block, name)}, {field.quantizers}, dtype=torch.long)"
               for name, field in fields.items()}  # fmt: skip
     conditions = "{" + ", ".join(f'"{name}": {shape}' for name, shape in shapes.items()) + "}"
-    guidance = sampling.cfg.get(block["stage"], 1.0)
+    scale = sampling.cfg.get(block["stage"], 1.0)
+    guidance = 2.0 if scale == 1 else scale
     use = (STOCK if is_stock(stage) else OWN).replace("{conditions}", conditions)
     predicts = block["predicts"]
+    first = predicts["first_quantizer"]
     return "\n".join(
         [
             f"# Stage `{block['stage']}` of a music model made by Stretto" + (f" from `{recipe}`" if recipe else ""),
             "",
-            f"A `{config['architectures'][0]}`, in fp32. It predicts {predicts['quantizers']} quantizers of the field "
-            f"`{predicts['field']}` ({predicts['codebook_size']} codes each, {predicts['rate_hz']:g} frames a second), "
+            f"A `{config['architectures'][0]}`, in fp32. It predicts the field `{predicts['field']}`, quantizers from "
+            f"{first} up to {first + predicts['quantizers']} ({predicts['codebook_size']} codes each, "
+            f"{predicts['rate_hz']:g} frames a second), "
             f"up to {block['frames']} frames, which are {block['window_seconds']:g} s.",
             "",
             use.replace("{guidance:g}", f"{guidance:g}"),

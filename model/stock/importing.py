@@ -73,6 +73,9 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 def check_config(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raises UserError, which names the first key, where a checkpoint is not of the stage that is `expected`."""
+    of, name = found[BLOCK].get("stage"), expected[BLOCK]["stage"]
+    if of != name:
+        raise UserError(f"{file}: the checkpoint is of stage {of!r}, and --stage names {name!r}.")
     for key, theirs, ours in differences(settings(found), expected):
         raise UserError(
             f"{file}: {key} is {theirs!r} and that of the bundle's stage is {ours!r}: they do not fit together."

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class StrettoConfig(PretrainedConfig):
     """`text_config` (so named that tools find it) is the Llama or Qwen3 inside; `stretto` says what the ids mean."""
 
     model_type = "stretto_stage"
-    sub_configs: dict[str, Any] = {"text_config": AutoConfig}  # noqa: RUF012
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # type: ignore[misc]
 
     def __init__(
         self, text_config: dict[str, Any] | None = None, stretto: dict[str, Any] | None = None, **kwargs: Any
@@ -104,7 +104,8 @@ class StrettoStage(PreTrainedModel, GenerationMixin):
         self.first_ids: list[int] = layout["predicts"]["first_ids"]
         self.quantizers = len(self.first_ids)
         self.model = AutoModel.from_config(inside)
-        self.model.rotary_emb = Rotary(inside.head_dim, inside.rope_theta)
+        rope = getattr(inside, "rope_parameters", None)  # of transformers 5
+        self.model.rotary_emb = Rotary(inside.head_dim, rope["rope_theta"] if rope else inside.rope_theta)
         self.conditions = nn.ModuleList(Condition(part, inside.hidden_size) for part in self.parts)
         codebook_size = layout["predicts"]["codebook_size"]
         self.heads = nn.Parameter(torch.empty(self.quantizers, codebook_size, inside.hidden_size))
@@ -238,7 +239,10 @@ class StrettoStage(PreTrainedModel, GenerationMixin):
 
         The first frames may be `known [B, T, Q]`. `do_sample`, `temperature`, `top_k`, `top_p` and `guidance_scale`
         mean what they do elsewhere in transformers. `batch` counts where neither conditions nor known codes have rows.
+        Raises ValueError while gradient checkpointing, which keeps no cache, is at work.
         """
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError("call eval() before generate(): gradient checkpointing keeps no cache")
         settings = copy.deepcopy(generation_config or self.generation_config)
         settings.update(**options)
         conditions, frames = conditions or {}, frames or self.layout["frames"]

@@ -167,6 +167,14 @@ def test_a_checkpoint_draws_a_whole_window_as_the_bundle_says(case, tmp_path):
     assert not torch.equal(*made)
 
 
+def test_a_checkpoint_that_recomputes_does_not_generate_without_its_cache(tmp_path):
+    write_stage(build("delay-time-every", qk_norm=True), "coarse", tmp_path, SAMPLING)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True, trust_remote_code=True).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"call eval\(\) before generate"):
+        model.generate({})
+
+
 def test_codes_outside_their_codebook_are_no_prompt(tmp_path):
     stage = build("flat-index-prefix", qk_norm=True)
     write_stage(stage, "coarse", tmp_path, SAMPLING)
@@ -316,7 +324,10 @@ REFUSED = {
     "damaged config": (lambda folder: (folder / "config.json").write_text("{"), "does not read as JSON"),
     "another's config": (edit_config(lambda config: config.pop("stretto")), "no block 'stretto'"),
     "version": (edit_config(lambda config: config["stretto"].update(format_version=9)), "format version 9"),
-    "another stage": (edit_config(lambda config: config["stretto"].update(stage="fine")), "stretto.stage is 'fine'"),
+    "another stage": (
+        edit_config(lambda config: config["stretto"].update(stage="fine")),
+        "of stage 'fine', and --stage names 'semantic'",
+    ),
     "id map": (
         edit_config(lambda config: config["stretto"]["predicts"].update(codebook_size=64)),
         r"stretto\.predicts\.codebook_size is 64 and that of the bundle's stage is 32",
