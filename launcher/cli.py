@@ -272,7 +272,12 @@ def train(stage: Annotated[str, typer.Argument(metavar="semantic|coarse|fine")],
     _run_stage(run, stage)
 
 
-for _command in (weights_commands.export, weights_commands.generate):
+for _command in (
+    weights_commands.export,
+    weights_commands.export_transformers,
+    weights_commands.import_transformers,
+    weights_commands.generate,
+):
     app.command()(_command)
 
 

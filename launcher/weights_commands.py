@@ -91,3 +91,40 @@ def generate(
     request = Request(prompts or [], like, options, device, dtype)
     for path, what in generate_files(bundle, request, output, Console(stderr=True)):
         print(f"{path}: {what}")
+
+
+def export_transformers(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run folder that has one.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="semantic, coarse or fine.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+) -> None:
+    """Write one stage of a bundle as a checkpoint that `transformers` loads.
+
+    A stage that a stock Llama or Qwen3 computes becomes one; any other goes with a modelling file of its own, for
+    trust_remote_code.
+    """
+    from launcher.generate import find_bundle
+    from model.stock.export import export_stage
+
+    require_new(output)
+    made = export_stage(find_bundle(bundle), stage, output)
+    print(f"{output}: a {made.architecture}, whose logits are the bundle's within {made.difference:.1g}.")
+
+
+def import_transformers(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that `transformers` saved.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle, or a run folder, for all the rest.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    stage: Annotated[str, typer.Option("--stage", metavar="STAGE", help="The stage whose weights these are.")],
+) -> None:
+    """Write a bundle with one stage replaced by a checkpoint of `transformers`.
+
+    The checkpoint is one that `stretto export-transformers` wrote and that was trained further: its ids and shapes must
+    be those of the bundle. Only safetensors are read.
+    """
+    from launcher.generate import find_bundle
+    from model.stock.importing import import_stage
+
+    require_new(output)
+    import_stage(checkpoint, find_bundle(bundle), stage, output)
+    print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')

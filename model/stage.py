@@ -127,8 +127,8 @@ class StageTransformer(nn.Module):
             steps[:, 1:][:, pattern.steps_of(quantizer)] += self.embedding(ids[..., quantizer])
         return steps[:, :-1]
 
-    def rotary(self, conditions: Batch, pattern: Pattern) -> Rotary:
-        """Tables for the positions of prefix and steps, in frames of the target (`time`) or in steps (`index`)."""
+    def positions(self, conditions: Batch, pattern: Pattern) -> tuple[float, ...]:
+        """Where prefix and steps lie, in frames of the target (`time`) or in steps (`index`)."""
         prefix = [
             position
             for condition in self.conditions
@@ -138,9 +138,14 @@ class StageTransformer(nn.Module):
         positions = [*prefix, *(pattern.time_of(step) for step in range(pattern.steps))]
         if self.config.positions == "index":
             positions = list(map(float, range(len(positions))))
+        return tuple(positions)
+
+    def rotary(self, conditions: Batch, pattern: Pattern) -> Rotary:
+        """Tables for the positions of prefix and steps."""
         transformer, weight = self.config.transformer, self.embedding.weight
         head_dim = transformer.dim // transformer.heads
-        return rotary_tables(tuple(positions), head_dim, transformer.rope_theta, weight.device, weight.dtype)
+        positions = self.positions(conditions, pattern)
+        return rotary_tables(positions, head_dim, transformer.rope_theta, weight.device, weight.dtype)
 
     def keep_all(self, batch: int, device: torch.device | None = None) -> Tensor:
         """Dropped conditions `[B, N]`: none."""

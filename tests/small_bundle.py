@@ -56,12 +56,13 @@ def random_stage(config: StageModelConfig, quantizers: dict[str, torch.Tensor]) 
     return stage
 
 
-def make_bundle(folder: Path, *, captions: bool = True) -> Path:
-    """Writes a bundle to `folder`."""
+def make_bundle(folder: Path, *, captions: bool = True, stages: dict[str, StageModelConfig] | None = None) -> Path:
+    """Writes a bundle to `folder`, of `stages` where they are not `stage_configs()`."""
+    stages = stages or stage_configs()
     torch.manual_seed(0)
     codec, towers, quantizers = fitted_parts()
     with artifact.create(folder, KIND, "0" * 16) as (partial, info):
-        for name, config in stage_configs().items():
+        for name, config in stages.items():
             save_file(random_stage(config, quantizers).state_dict(), partial / f"{name}.safetensors")
         save_file(quantizers, partial / QUANTIZERS)
         for part, model in ((CODEC, codec), (JOINT, towers)):
@@ -72,7 +73,7 @@ def make_bundle(folder: Path, *, captions: bool = True) -> Path:
             captions=captions,
             encoders=ENCODERS.model_dump(mode="json"),
             sampling={},
-            stages={name: config.model_dump(mode="json") for name, config in stage_configs().items()},
+            stages={name: config.model_dump(mode="json") for name, config in stages.items()},
         )
     return folder
 

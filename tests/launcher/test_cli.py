@@ -10,7 +10,7 @@ from launcher import cli
 
 COMMANDS = (
     "run", "plan", "status", "logs", "stop", "inspect", "corpus", "collect", "fit", "tokenize", "train",
-    "export", "generate", "doctor",
+    "export", "export-transformers", "import-transformers", "generate", "doctor",
 )  # fmt: skip
 
 

@@ -7,28 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 from model.config import TransformerConfig
+from model.stock.weights import stock_name
 from model.transformer import Transformer, rotary_tables
-
-NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-
-
-def stock_name(name: str) -> str:
-    if name == "norm.weight":
-        return name
-    _, layer, part = name.removesuffix(".weight").split(".", 2)
-    return f"layers.{layer}.{NAMES[part]}.weight"
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -54,7 +34,8 @@ def test_hidden_states_are_those_of_a_stock_model(qk_norm, kind, settings, kv_he
             rope_theta=5_000.0,
         )
     ).eval()
-    weights = {stock_name(name): value for name, value in ours.state_dict().items()}
+    names = {name: stock_name(f"transformer.{name}").removeprefix("model.") for name in ours.state_dict()}
+    weights = {names[name]: value for name, value in ours.state_dict().items()}
     missing, unexpected = stock.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["embed_tokens.weight"], [])
     x = torch.randn(2, 21, 64)
