@@ -5,38 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from model import artifact
 from model.artifact import Artifact
-from model.config import STAGES, StageModelConfig, StageName
+from model.bundle import QUANTIZERS, load_stage, read_tensors
+from model.config import STAGES, StageName
 from model.errors import UserError, nearest
-from model.fields import TokenField
-from model.pipeline import KIND, QUANTIZERS
-from model.stage import StageTransformer, build_stage
+from model.stage import StageTransformer
 
 
-def whole_bundle(path: Path) -> Artifact:
-    """The bundle at `path`, every file of which was read. Raises UserError where one is missing or has changed."""
-    bundle = artifact.read(path, KIND)
-    problems = artifact.problems(bundle)
-    if problems:
-        raise UserError(f"The bundle {path} is not whole: {problems[0]}. Export it again.")
-    return bundle
-
-
-def stage_file(name: StageName) -> str:
-    """What holds the weights of a stage in a bundle."""
-    return f"{name}.safetensors"
-
-
-def load_stage(bundle: Artifact, name: StageName) -> StageTransformer:
+def stage_of(bundle: Artifact, name: StageName) -> StageTransformer:
     """One stage of `bundle`, in fp32 on the CPU."""
-    fields = {field: TokenField.from_json(value) for field, value in bundle.info["fields"].items()}
-    config = StageModelConfig.model_validate(bundle.info["stages"][name])
-    stage = build_stage(config, fields, load_file(bundle.path / QUANTIZERS))
-    stage.load_state_dict(load_file(bundle.path / stage_file(name)))
-    return stage.eval()
+    return load_stage(bundle.path, bundle.info, name, read_tensors(bundle.path / QUANTIZERS)).eval()
 
 
 def stage_called(name: str) -> StageName:

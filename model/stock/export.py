@@ -16,11 +16,12 @@ import transformers
 from torch import Tensor
 
 from model import artifact
+from model.bundle import open_bundle
 from model.config import SamplingConfig, StageName
 from model.dropping import Dropped
 from model.errors import UserError
 from model.stage import Batch, StageTransformer
-from model.stock.bundles import load_stage, require_room, stage_called, stage_file, whole_bundle
+from model.stock.bundles import require_room, stage_called, stage_of
 from model.stock.card import model_card
 from model.stock.layout import MODELLING, config_json, generation_json, is_stock, some_window, window_frames
 from model.stock.modeling_stretto import StrettoStage
@@ -50,9 +51,9 @@ def export_stage(bundle_path: Path, name: str, output: Path) -> Exported:
     Raises UserError where there is no such stage, the bundle is not whole, its weights are not finite or the disk has
     too little room.
     """
-    bundle, stage_name = whole_bundle(bundle_path), stage_called(name)
-    require_room(output, bundle.manifest["files"][stage_file(stage_name)]["bytes"])
-    stage = load_stage(bundle, stage_name)
+    bundle, stage_name = open_bundle(bundle_path, verify=True), stage_called(name)
+    stage = stage_of(bundle, stage_name)
+    require_room(output, sum(value.nbytes for value in stage.state_dict().values()))
     for weight, value in stage.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"{weight} of stage {name!r} is not finite: export an earlier checkpoint, or train again.")
@@ -75,7 +76,7 @@ def write_stage(
     save_tensors(to_tensors(stage), folder)
     module = CODES if is_stock(stage) else MODELLING
     shutil.copyfile(Path(__file__).with_name(f"{module}.py"), folder / f"{module}.py")
-    (folder / "README.md").write_text(model_card(stage, config, recipe, sampling))
+    (folder / artifact.CARD).write_text(model_card(stage, config, recipe, sampling))
     return config["architectures"][0]
 
 

@@ -12,14 +12,15 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from model import artifact
+from model.artifact import CARD
+from model.bundle import KIND as BUNDLE
+from model.bundle import open_bundle, stage_file
 from model.errors import UserError
-from model.pipeline import KIND as BUNDLE
-from model.stock.bundles import load_stage, require_room, stage_called, stage_file, whole_bundle
+from model.stock.bundles import require_room, stage_called, stage_of
 from model.stock.layout import BLOCK, FORMAT_VERSION, NOT_SHAPE, config_json
 from model.stock.weights import from_tensors, read_tensors, weight_files
 
 CONFIG = "config.json"
-CARD = "README.md"
 STOCK_KINDS = ("llama", "qwen3")
 
 
@@ -31,9 +32,9 @@ def import_stage(checkpoint: Path, bundle_path: Path, name: str, output: Path) -
     the disk has too little room.
     """
     stage_name, config = stage_called(name), read_config(checkpoint)
-    bundle = whole_bundle(bundle_path)
+    bundle = open_bundle(bundle_path, verify=True)
     require_room(output, sum(file["bytes"] for file in bundle.manifest["files"].values()))
-    stage = load_stage(bundle, stage_name)
+    stage = stage_of(bundle, stage_name)
     check_config(checkpoint / CONFIG, config, config_json(stage, stage_name))
     stage.load_state_dict(from_tensors(stage, read_tensors(checkpoint), checkpoint))
     sources = {file.name: artifact.file_digest(file) for file in weight_files(checkpoint)}

@@ -15,15 +15,14 @@ from small_bundle import make_bundle, stage_configs
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from model import MusicPipeline, artifact
+from model.bundle import QUANTIZERS
 from model.config import ConditionConfig, ExecutionConfig, SamplingConfig, TransformerConfig
 from model.dropping import Dropped
 from model.errors import UserError
 from model.fields import ACOUSTIC, CONDITIONING, SEMANTIC
-from model.pipeline import QUANTIZERS
 from model.sampling import Sampler, generate_window
 from model.stage import build_stage
 from model.stock import StageCodes, bundles, export, weights
-from model.stock.bundles import load_stage
 from model.stock.export import export_stage, write_stage
 from model.stock.importing import import_stage
 from model.stock.layout import some_window
@@ -213,7 +212,7 @@ def checkpoint(checkpoints, tmp_path):
 
 
 def stage_of(bundle, name):
-    return load_stage(artifact.read(bundle), name)
+    return bundles.stage_of(artifact.read(bundle), name)
 
 
 @pytest.mark.parametrize("name", ["semantic", "coarse", "fine"])
