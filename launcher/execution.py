@@ -133,8 +133,9 @@ class Execution:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not self.stops:  # else this process is about to end, and a signal that comes late must not change how
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _more(self) -> bool:
         """Whether anything that waits may still be started."""
