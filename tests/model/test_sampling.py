@@ -101,6 +101,25 @@ def test_a_sliding_window_goes_on_from_what_was_made():
     assert torch.equal(stage.logits(cut).argmax(-1)[:, 20:], codes[:, 40:60])
 
 
+def test_scores_are_what_each_window_thinks_of_the_codes_it_drew():
+    """Every code counts once; guidance changes what is drawn and not how it is judged."""
+    stage = build(coarse_config(pattern="delay"))
+    batch = random_batch(seconds=3.0, batch=2)
+    scores = torch.zeros(2, dtype=torch.float64)
+    codes = generate_stage(stage, batch, 3.0, Sampler(cfg=3.0, top_k=20), seeds=[0, 1], scores=scores)
+    expected = torch.zeros(2)
+    for start, new in ((0, 0), (20, 20)):  # windows of 2 s, half of the second one known
+        cut = {
+            **batch,
+            SEMANTIC: batch[SEMANTIC][:, start // 2 : start // 2 + 20],
+            ACOUSTIC: torch.zeros(2, 40, 4).long(),
+        }
+        cut[ACOUSTIC][..., :2] = codes[:, start : start + 40]
+        found = stage.logits(cut).log_softmax(-1).gather(-1, cut[ACOUSTIC][..., :2, None])[..., 0]
+        expected += found[:, new:].sum(dim=(1, 2))
+    assert torch.allclose(scores.float(), expected, atol=1e-3)
+
+
 def test_windows_cover_the_whole_on_the_grid():
     starts = window_starts(Fraction(10), Fraction(4), Fraction(2), Fraction(1, 25))
     assert starts == [0, 2, 4, 6]
