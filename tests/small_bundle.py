@@ -33,22 +33,29 @@ FIELDS = {
     SEMANTIC: TokenField(SEMANTIC, 25, 1, 32),
     ACOUSTIC: TokenField(ACOUSTIC, 25, 3, 32),
 }
+TRANSFORMER = TransformerConfig(dim=32, layers=1, heads=1)
 PROMPTS = ["a slow flute", "a fast low bell with drums"]
 
 
-def make_bundle(folder: Path, *, captions: bool = True) -> Path:
+def make_bundle(
+    folder: Path,
+    *,
+    captions: bool = True,
+    encoders: EncodersConfig = ENCODERS,
+    transformer: TransformerConfig = TRANSFORMER,
+) -> Path:
     """Writes a bundle to `folder`. Its weights are large enough for the prompt and every code to matter."""
     torch.manual_seed(0)
-    towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128)).eval()
-    codec = MelCodec(ENCODERS.codec)
+    towers = TwoTowers(encoders.joint, fit_tokenizer(PROMPTS, 128)).eval()
+    codec = MelCodec(encoders.codec)
     codec.quantizer.fit([codec.vectors(0.3 * torch.randn(4, 32_000).cumsum(1).sin()).flatten(0, 1)])
-    conditioning = ResidualKMeans(2, 16, ENCODERS.joint.dim)
+    conditioning = ResidualKMeans(2, 16, encoders.joint.dim)
     words = " ".join(PROMPTS).split()
     # Embeddings of untrained towers lie close together: only centroids among them tell the prompts apart.
     conditioning.fit([towers.embed_text([" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)])])
     quantizers = {CONDITIONING: conditioning.centroids}
     with artifact.create(folder, KIND, "0" * 16) as (partial, info):
-        for name, config in stage_configs().items():
+        for name, config in stage_configs(transformer).items():
             stage = build_stage(config, FIELDS, quantizers)
             for parameter in stage.parameters():
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -60,16 +67,16 @@ def make_bundle(folder: Path, *, captions: bool = True) -> Path:
         info.update(
             fields={name: field.to_json() for name, field in FIELDS.items()},
             captions=captions,
-            encoders=ENCODERS.model_dump(mode="json"),
+            encoders=encoders.model_dump(mode="json"),
             sampling={},
-            stages={name: config.model_dump(mode="json") for name, config in stage_configs().items()},
+            stages={name: config.model_dump(mode="json") for name, config in stage_configs(transformer).items()},
         )
     return folder
 
 
-def stage_configs() -> dict[str, StageModelConfig]:
+def stage_configs(transformer: TransformerConfig = TRANSFORMER) -> dict[str, StageModelConfig]:
     described = ConditionConfig(field=CONDITIONING, paths=["prefix", "summed"])
-    common = {"window_seconds": WINDOW_SECONDS, "transformer": TransformerConfig(dim=32, layers=1, heads=1)}
+    common = {"window_seconds": WINDOW_SECONDS, "transformer": transformer}
     parts = {
         "semantic": {"field": SEMANTIC, "conditions": [described]},
         "coarse": {
