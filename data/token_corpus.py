@@ -123,14 +123,13 @@ def artifact_manifest(address: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"train.mix: {error}") from None
     address = address.rstrip("/")
     try:
-        manifest = json.loads(cloud.read(f"{address}/{artifact.MANIFEST}"))
-        if manifest["kind"] == KIND:
-            return address, manifest
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        pass
-    raise UserError(
-        f"train.mix: {address} holds no token artifact: {artifact.MANIFEST} is missing there, damaged or of others."
-    )
+        content = cloud.read(f"{address}/{artifact.MANIFEST}")
+    except FileNotFoundError:
+        raise UserError(f"train.mix: {address} holds no token artifact: it has no {artifact.MANIFEST}.") from None
+    try:
+        return address, artifact.parse(content, address, KIND)
+    except UserError as error:
+        raise UserError(f"train.mix: {error}") from None
 
 
 def copy_metadata(address: str, folder: Path) -> None:

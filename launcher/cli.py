@@ -276,6 +276,7 @@ for _command in (
     weights_commands.export,
     weights_commands.export_transformers,
     weights_commands.import_transformers,
+    weights_commands.import_quantizers,
     weights_commands.generate,
 ):
     app.command()(_command)

@@ -137,9 +137,14 @@ def _state(run: Path, stage: Stage, origin: Origin, made_from: dict[str, Any] | 
 
 
 def problems(folder: Path, stage: Stage) -> tuple[str | None, list[str]]:
-    """The fingerprint of a finished artifact, and what is wrong with its files: missing or of another size."""
+    """The fingerprint of a finished artifact, and what is wrong with its files: missing or of another size.
+
+    Raises NewerFormat for one of a later Stretto: it is not to be made anew.
+    """
     try:
         found = artifact.read(folder, stage.makes)
+    except artifact.NewerFormat:
+        raise
     except UserError as error:
         return None, [str(error)]
     return found.fingerprint, artifact.problems(found, digests=False)

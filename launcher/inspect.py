@@ -127,7 +127,7 @@ def _artifact(path: Path, progress: Progress | None) -> Inspection:
         made_from = (f"{name} {fingerprint}" for name, fingerprint in found.manifest["inputs"].items())
         inspection.facts["made from"] = ", ".join(made_from)
     if found.kind == "quantizers":
-        inspection.listings.append(_quantizers(info))
+        inspection.listings += [listing for listing in (_quantizers(info),) if listing.rows]  # none were measured
         info = {name: {key: part[key] for key in part if key != "measured"} for name, part in info.items()}
     inspection.facts |= {name: _plain(value) for name, value in info.items() if name != "fields" and value not in EMPTY}
     if "fields" in info:

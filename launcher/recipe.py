@@ -218,6 +218,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     trains = [stage["train"] for stage in values["stages"].values()]
     always = [(values["data"], "audio"), (values["data"], "captions"), (values, "fitted_from")]
     always += [(train, "cache") for train in trains]
+    always += [(kmeans, "centroids") for kmeans in values["quantizers"].values()]
     named = [(values["encoders"][name], "weights") for name in ("codec", "semantic", "joint")]
     named += [(values["encoders"]["joint"], "tokenizer")]
     named += [(step, "weights") for step in values["tokens"]["steps"] if step["kind"] == "vocals"]

@@ -128,3 +128,23 @@ def import_transformers(
     require_new(output)
     import_stage(checkpoint, find_bundle(bundle), stage, output)
     print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
+
+
+def import_quantizers(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    semantic: Annotated[
+        Path | None, typer.Option(metavar="KMEANS.joblib", help="Its k-means of MERT's features, or their .npy.")
+    ] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(metavar="RVQ.pt", help="Its residual quantizer of CLAP's embeddings.")
+    ] = None,
+) -> None:
+    """Take over quantizers of open-musiclm, so that its tokens keep their meaning. Nothing in the files is run.
+
+    A recipe uses them with quantizers.semantic.centroids=OUT and quantizers.conditioning.centroids=OUT.
+    """
+    from launcher.importing import import_from_predecessor
+
+    require_new(output)
+    for line in import_from_predecessor({"conditioning": conditioning, "semantic": semantic}, output):
+        print(line)

@@ -19,6 +19,8 @@ from typing import Any
 from model.errors import UserError
 
 FORMAT_VERSION = 1
+"""What manifests and the files beside them look like. It is raised when an earlier Stretto could not read them; `read`
+is where the manifest of an older one is brought up to date then. tests/golden/ keeps one of each version."""
 MANIFEST = "manifest.json"
 CARD = "README.md"
 """A page for people, who may edit it: no manifest lists it."""
@@ -28,6 +30,10 @@ WORK = ".work"
 """In a folder that is UNFINISHED: what is needed to go on with it, and no part of the artifact."""
 ORIGIN = "origin.json"
 """In there: the fingerprint of what it is to become."""
+
+
+class NewerFormat(UserError):
+    """Something written by a later Stretto. It is not damaged: nobody may pass it over or make it anew."""
 
 
 @dataclass(frozen=True)
@@ -212,19 +218,29 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def read(path: Path, kind: str | None = None) -> Artifact:
-    """The artifact at `path`. Raises UserError where there is none, or of another kind or a newer format."""
+    """The artifact at `path`. Raises UserError where there is none, or of another kind, NewerFormat of a later one."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version, found = manifest["format_version"], manifest["kind"]
+        text = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is not a finished Stretto artifact: it has no {MANIFEST}.") from None
+    return Artifact(path, parse(text, str(path), kind))
+
+
+def parse(text: bytes, place: str, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of the artifact at `place`, a path or an address. Raises UserError as `read` does."""
+    try:
+        manifest = json.loads(text)
+        version, found = manifest["format_version"], manifest["kind"]
+        newer = version > FORMAT_VERSION
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{path / MANIFEST} is damaged: it does not read as a Stretto manifest.") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this Stretto reads up to {FORMAT_VERSION}: upgrade it.")
+        raise UserError(f"{place}/{MANIFEST} is damaged: it does not read as a Stretto manifest.") from None
+    if newer:
+        raise NewerFormat(
+            f"{place} has format version {version}; this Stretto reads up to {FORMAT_VERSION}: upgrade it."
+        )
     if kind is not None and found != kind:
-        raise UserError(f"{path} holds {found!r}, not {kind!r}.")
-    return Artifact(path, manifest)
+        raise UserError(f"{place} holds {found!r}, not {kind!r}.")
+    return manifest
 
 
 def problems(artifact: Artifact, digests: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:

@@ -59,6 +59,8 @@ class SemanticEncoderConfig(Config):
     frame_rate: PositiveInt = 25
     dtype: EncoderDtype = "auto"
     """What a pretrained encoder computes in; auto is bf16 on a GPU and fp32 on a CPU."""
+    standardise: bool = False
+    """Whether each feature is brought to mean 0 and variance 1 over its numbers, as k-means of open-musiclm want it."""
 
 
 class JointEmbedderConfig(Config):
@@ -106,6 +108,9 @@ class KMeansConfig(Config):
     disk while the fit lasts: the memory it takes does not depend on them."""
     start: Literal["kmeans++", "sample"] = "kmeans++"
     """What a level starts from: vectors drawn far from each other, or drawn evenly, which takes less time."""
+    centroids: str | None = None
+    """Folder of quantizers, such as `stretto import-quantizers` makes, whose centroids are taken in place of fitting;
+    `levels` and `codebook_size` must be theirs."""
 
 
 class QuantizersConfig(Config):

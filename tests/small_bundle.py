@@ -33,15 +33,16 @@ FIELDS = {
     SEMANTIC: TokenField(SEMANTIC, 25, 1, 32),
     ACOUSTIC: TokenField(ACOUSTIC, 25, 3, 32),
 }
+TRANSFORMER = TransformerConfig(dim=32, layers=1, heads=1)
 PROMPTS = ["a slow flute", "a fast low bell with drums"]
 
 
-def fitted_parts() -> tuple[MelCodec, TwoTowers, dict[str, torch.Tensor]]:
+def fitted_parts(encoders: EncodersConfig = ENCODERS) -> tuple[MelCodec, TwoTowers, dict[str, torch.Tensor]]:
     """A codec, a joint embedder and the centroids of the conditioning."""
-    towers = TwoTowers(ENCODERS.joint, fit_tokenizer(PROMPTS, 128)).eval()
-    codec = MelCodec(ENCODERS.codec)
+    towers = TwoTowers(encoders.joint, fit_tokenizer(PROMPTS, 128)).eval()
+    codec = MelCodec(encoders.codec)
     codec.quantizer.fit([codec.vectors(0.3 * torch.randn(4, 32_000).cumsum(1).sin()).flatten(0, 1)])
-    conditioning = ResidualKMeans(2, 16, ENCODERS.joint.dim)
+    conditioning = ResidualKMeans(2, 16, encoders.joint.dim)
     words = " ".join(PROMPTS).split()
     # Embeddings of untrained towers lie close together: only centroids among them tell the prompts apart.
     conditioning.fit([towers.embed_text([" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)])])
@@ -56,11 +57,17 @@ def random_stage(config: StageModelConfig, quantizers: dict[str, torch.Tensor]) 
     return stage
 
 
-def make_bundle(folder: Path, *, captions: bool = True, stages: dict[str, StageModelConfig] | None = None) -> Path:
+def make_bundle(
+    folder: Path,
+    *,
+    captions: bool = True,
+    encoders: EncodersConfig = ENCODERS,
+    stages: dict[str, StageModelConfig] | None = None,
+) -> Path:
     """Writes a bundle to `folder`, of `stages` where they are not `stage_configs()`."""
     stages = stages or stage_configs()
     torch.manual_seed(0)
-    codec, towers, quantizers = fitted_parts()
+    codec, towers, quantizers = fitted_parts(encoders)
     with artifact.create(folder, KIND, "0" * 16) as (partial, info):
         for name, config in stages.items():
             save_file(random_stage(config, quantizers).state_dict(), partial / f"{name}.safetensors")
@@ -71,16 +78,16 @@ def make_bundle(folder: Path, *, captions: bool = True, stages: dict[str, StageM
         info.update(
             fields={name: field.to_json() for name, field in FIELDS.items()},
             captions=captions,
-            encoders=ENCODERS.model_dump(mode="json"),
+            encoders=encoders.model_dump(mode="json"),
             sampling={},
             stages={name: config.model_dump(mode="json") for name, config in stages.items()},
         )
     return folder
 
 
-def stage_configs() -> dict[str, StageModelConfig]:
+def stage_configs(transformer: TransformerConfig = TRANSFORMER) -> dict[str, StageModelConfig]:
     described = ConditionConfig(field=CONDITIONING, paths=["prefix", "summed"])
-    common = {"window_seconds": WINDOW_SECONDS, "transformer": TransformerConfig(dim=32, layers=1, heads=1)}
+    common = {"window_seconds": WINDOW_SECONDS, "transformer": transformer}
     parts = {
         "semantic": {"field": SEMANTIC, "conditions": [described]},
         "coarse": {

@@ -32,7 +32,18 @@ from model import artifact
 from model.errors import UserError
 from trainer import random_state
 from trainer.agreement import alone, raise_alike, said
-from trainer.checkpoint_folder import STATE, figure, problems, rank_file, read, seal, step_name, steps_in, superseded
+from trainer.checkpoint_folder import (
+    STATE,
+    figure,
+    problems,
+    rank_file,
+    read,
+    refuse_newer,
+    seal,
+    step_name,
+    steps_in,
+    superseded,
+)
 from trainer.config import TrainConfig
 from trainer.engine import Engine
 from trainer.remote import Remote, Uploads
@@ -213,10 +224,11 @@ class Checkpointer:
         in the remote, or damaged here, is fetched from there.
 
         Damaged ones are named and passed over. None where there has never been one. Raises UserError where one was
-        asked for, or must have been there, and none is good.
+        asked for, or must have been there, and none is good, and for one that a later Stretto wrote.
         """
         steps = self._decide(self._candidates)
         for step in steps:
+            self._decide(partial(refuse_newer, self.path(step)))
             if self._is_good(step) or self._decide(partial(self._fetch, step)):
                 return step
         asked = self.config.resume
@@ -247,6 +259,8 @@ class Checkpointer:
         def made_since(step: int) -> bool:
             try:
                 info = read(self.path(step)).info
+            except artifact.NewerFormat:  # going back is how to leave it
+                return False
             except UserError:  # `choose` passes it over
                 info = whole.get(step, {}).get("info", {"resume": asked})
             return step > asked and info["resume"] == asked

@@ -61,6 +61,16 @@ def problems(folder: Path, digests: bool = True, share: tuple[int, int] = (0, 1)
         return [str(error)]
 
 
+def refuse_newer(folder: Path) -> None:
+    """Raises UserError where a later Stretto wrote a checkpoint, which is no damage: it is not to be passed over."""
+    try:
+        artifact.read(folder, KIND)
+    except artifact.NewerFormat as error:
+        raise UserError(f"{error} Or say with train.resume which step to go back to.") from None
+    except (UserError, OSError):  # `problems` says what
+        return
+
+
 def figure(info: dict[str, Any], config: TrainConfig) -> float | None:
     """What `keep_best` judges a checkpoint by, given what its manifest says; None where it was not validated."""
     return info.get("validation", {}).get(config.keep_best)

@@ -17,17 +17,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.corpus import TRAIN, VALIDATION, read_clips
+from data.corpus import TRAIN, VALIDATION, Clip, read_clips
 from data.progress import Progress
 from data.ranks import Ranks
 from data.vector_file import VectorFile, check_room
 from model.artifact import write_json
+from model.bundle import QUANTIZERS
 from model.config import CodecConfig, EncodersConfig, KMeansConfig, QuantizersConfig
 from model.encoders import CODECS, encoder_class
 from model.encoders.mel import MelCodec
 from model.fields import CONDITIONING, SEMANTIC
 from model.kmeans import ResidualKMeans
 from trainer.encodings import Encoding, JointEmbeddings, SemanticFeatures, read_waves, some
+from trainer.given_quantizers import find_given
 from trainer.quantizer_report import measure
 
 CODEC_ITERATIONS = 12
@@ -84,14 +86,16 @@ def fit_quantizers(
     progress: Progress,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Fits the residual k-means of the joint embeddings (of audio and captions) and of the semantic features.
+    """Fits the residual k-means of the joint embeddings (of audio and captions) and of the semantic features, or takes
+    what the recipe gives in place of them.
 
     All of `ranks` work together: each encodes its share of the clips and keeps what it made on the disk of `folder`
     while the fit lasts. The first one writes `folder`/quantizers.safetensors with the centroids "conditioning" and
     "semantic" (`[levels, codebook_size, dim]`), and `folder`/report.json with how well they do on clips of training and
     of validation. Returns for each quantizer, on every rank, its shape, how many vectors it was fitted to, the share of
-    their variance left after each level, and what the report says. `embedding` is the artifact of the joint embedder.
-    Raises UserError for audio that has changed since the corpus was made, and where the disk has too little room.
+    their variance left after each level (or what it was given from), and what the report says. `embedding` is the
+    artifact of the joint embedder. Raises UserError for audio that has changed since the corpus was made, where the
+    disk has too little room, and where a given quantizer does not fit the recipe.
     """
     ranks = ranks or Ranks()
     parts: dict[str, tuple[Callable[[], Encoding], KMeansConfig]] = {
@@ -105,12 +109,29 @@ def fit_quantizers(
             if ranks.leads:
                 progress.update(round(1000 * (order + share)), 1000 * len(parts), message)
 
-        quantizer, info[name] = _fit_quantizer(name, corpus, encoding_of(), kmeans, seed, folder, report, ranks)
+        given = find_given(name, kmeans, encoders)
+        encoding = encoding_of()
+        if given is None:
+            quantizer, fit = _fit_quantizer(name, corpus, encoding, kmeans, seed, folder, report, ranks)
+        else:
+            quantizer, fit = ResidualKMeans.load(given.path / QUANTIZERS, name), {"given": given.info[name]}
+        report(READING + FITTING, f"measuring {name}")
+        info[name] = {
+            "levels": quantizer.levels,
+            "codebook_size": quantizer.codebook_size,
+            "dim": quantizer.dim,
+            **fit,
+            "measured": measure(corpus, _measured_clips(corpus, seed), encoding, quantizer, ranks),
+        }
         centroids[name] = quantizer.centroids
     if ranks.leads:
-        save_file(centroids, folder / "quantizers.safetensors")
+        save_file(centroids, folder / QUANTIZERS)
         write_json(folder / "report.json", {name: row["measured"] for name, row in info.items()})
     return info
+
+
+def _measured_clips(corpus: Path, seed: int) -> dict[str, list[Clip]]:
+    return {split: some(read_clips(corpus, split), REPORT_CLIPS, seed) for split in (TRAIN, VALIDATION)}
 
 
 def _fit_quantizer(
@@ -123,8 +144,7 @@ def _fit_quantizer(
     report: Callable[[float, str], None],
     ranks: Ranks,
 ) -> tuple[ResidualKMeans, dict[str, Any]]:
-    clips, validation = read_clips(corpus, TRAIN), read_clips(corpus, VALIDATION)
-    splits = {split: some(part, REPORT_CLIPS, seed) for split, part in ((TRAIN, clips), (VALIDATION, validation))}
+    clips = read_clips(corpus, TRAIN)
     limit, expected = config.fit_vectors, encoding.expected(clips)
     if limit is not None and limit < expected:
         clips = some(clips, max(1, round(OVERSAMPLING * limit * len(clips) / expected)), seed)
@@ -151,16 +171,7 @@ def _fit_quantizer(
             report=lambda share: report(READING + FITTING * share, f"fitting {name}"),
         )
         fitted = int(ranks.sum_(torch.tensor(vectors.vectors)))
-    report(READING + FITTING, f"measuring {name}")
-    info = {
-        "levels": quantizer.levels,
-        "codebook_size": quantizer.codebook_size,
-        "dim": quantizer.dim,
-        "vectors": fitted,
-        "variance_left": left,
-        "measured": measure(corpus, splits, encoding, quantizer, ranks),
-    }
-    return quantizer, info
+    return quantizer, {"vectors": fitted, "variance_left": left}
 
 
 @contextlib.contextmanager

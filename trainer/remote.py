@@ -5,7 +5,6 @@ The manifest goes up last and is deleted first, so that a copy that is half ther
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -17,7 +16,7 @@ from typing import Any
 from data import cloud
 from model import artifact
 from model.errors import UserError
-from trainer.checkpoint_folder import figure, genuine, read, step_name, steps_in, superseded
+from trainer.checkpoint_folder import KIND, figure, genuine, read, step_name, steps_in, superseded
 from trainer.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,8 @@ class Remote:
     """The copies of one stage's checkpoints.
 
     Every method raises UserError where the bucket or the credentials are wrong, `cloud.Unreachable` where the service
-    does not do what it is asked for, and OSError for a file that may not be read or written.
+    does not do what it is asked for, and OSError for a file that may not be read or written. Where manifests are read,
+    NewerFormat for one of a later Stretto.
     """
 
     def __init__(self, address: str, stage: str) -> None:
@@ -60,11 +60,14 @@ class Remote:
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """What the manifest of a step says; None where it is damaged."""
+        content = cloud.read(self.url(step, artifact.MANIFEST))
         try:
-            manifest = json.loads(cloud.read(self.url(step, artifact.MANIFEST)))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            manifest = artifact.parse(content, self.url(step).rstrip("/"), KIND)
+        except artifact.NewerFormat:
+            raise
+        except UserError:
             return None
-        return manifest if isinstance(manifest, dict) and genuine(manifest) else None
+        return manifest if genuine(manifest) else None
 
     def upload(self, step: int, folder: Path) -> None:
         """Copies a finished checkpoint; what stood there is no checkpoint from the first moment on."""

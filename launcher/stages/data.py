@@ -25,6 +25,8 @@ OWN_KEYS = (
 )  # fmt: skip
 FILES = "the files in data.audio"
 TOKENS_NEED = ("corpus", "codec", "embedding", "quantizers")
+PLACES = tuple(f"quantizers.{name}.centroids" for name in ("conditioning", "semantic"))
+"""Where given quantizers lie, which does not matter."""
 HOP = "encoders.joint.hop_seconds"
 
 
@@ -84,8 +86,16 @@ def embedding(context: Context) -> dict[str, Any]:
 
 
 def quantizers_keys(recipe: Recipe) -> dict[str, Any]:
-    keys = picked("seed", "quantizers", "encoders.semantic", HOP)(recipe)
-    return {**keys, **_weights("semantic", recipe.encoders.semantic)}
+    keys = picked("seed", "quantizers", "encoders.semantic", HOP, without=PLACES)(recipe)
+    return {**keys, **_weights("semantic", recipe.encoders.semantic), **_given(recipe)}
+
+
+def _given(recipe: Recipe) -> dict[str, Any]:
+    """For quantizers that are given and not fitted, what changes with their centroids."""
+    from trainer.given_quantizers import find_given
+
+    found = {name: find_given(name, config, recipe.encoders) for name, config in recipe.quantizers}
+    return {f"the centroids of quantizers.{name}": given.manifest["files"] for name, given in found.items() if given}
 
 
 def quantizers(context: Context) -> dict[str, Any]:

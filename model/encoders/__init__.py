@@ -33,7 +33,20 @@ def load_codec(folder: Path, config: CodecConfig) -> Codec:
 
 def load_semantic_encoder(config: SemanticEncoderConfig) -> SemanticEncoder:
     """The semantic encoder that `config` describes: it has no fitted parts of its own."""
-    return encoder_class(SEMANTIC_ENCODERS, config.kind)(config)
+    encoder = encoder_class(SEMANTIC_ENCODERS, config.kind)(config)
+    if not config.standardise:
+        return encoder
+    from model.encoders.standardised import Standardised
+
+    return Standardised(encoder)
+
+
+def feature_dim(config: SemanticEncoderConfig) -> int:
+    """Numbers in a feature of the semantic encoder that `config` describes, found without its weights.
+
+    Raises UserError where there are none.
+    """
+    return encoder_class(SEMANTIC_ENCODERS, config.kind).feature_dim(config)
 
 
 def load_joint_embedder(folder: Path, config: JointEmbedderConfig) -> JointEmbedder:
@@ -46,7 +59,11 @@ def encoder_fingerprint(config: CodecConfig | SemanticEncoderConfig | JointEmbed
     from model.artifact import fingerprint
     from model.encoders.pretrained import SECTIONS, weights_digest
 
+    values = config.model_dump(mode="json")
+    if not values.get("standardise"):
+        values.pop("standardise", None)  # it came later, and older fingerprints stay
     if config.kind not in SECTIONS:
-        return fingerprint(config.model_dump(mode="json"), None)
+        return fingerprint(values, None)
     # Where the files lie does not matter.
-    return fingerprint(config.model_dump(mode="json", exclude={"weights", "tokenizer"}), weights_digest(config))
+    described = {name: value for name, value in values.items() if name not in ("weights", "tokenizer")}
+    return fingerprint(described, weights_digest(config))

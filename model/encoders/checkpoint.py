@@ -27,16 +27,22 @@ NUMBERS: list[Any] = [
 
 
 def read_tensors(kind: str, file: Path) -> dict[str, Tensor]:
+    """The state dict in `file`, which the recipe names for a `kind` of encoder. Raises as `read_state_dict`."""
+    return read_state_dict(file, weights_key(kind), OWN_FILES[kind])
+
+
+def read_state_dict(file: Path, key: str, hint: str) -> dict[str, Tensor]:
     """The state dict in `file`: safetensors, or what torch saves, at its top or under "state_dict".
 
-    Nothing but tensors, containers and numbers is unpickled. Raises UserError for a file that is damaged, holds
-    anything else, or no state dict.
+    Nothing but tensors, containers and numbers is unpickled. Raises UserError for a file that is not there, is damaged,
+    holds anything else, or no state dict; it begins with `key` and ends with `hint`, which says what to give.
     """
-    key = weights_key(kind)
+    if not file.is_file():
+        raise UserError(f"{key}: there is no file {file}.\n{hint}")
     zipped = zipfile.is_zipfile(file)
     with file.open("rb") as start:
         if file.suffix != ".safetensors" and not zipped and start.read(1) != pickle.PROTO:
-            raise UserError(f"{key}: {file} is no checkpoint.\n{OWN_FILES[kind]}")
+            raise UserError(f"{key}: {file} is no checkpoint.\n{hint}")
     try:
         found: Any
         if file.suffix == ".safetensors":
@@ -47,14 +53,13 @@ def read_tensors(kind: str, file: Path) -> dict[str, Tensor]:
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{key}: {file} holds more than tensors, so that opening it could run code: it was not loaded.\n"
-            f"{OWN_FILES[kind]}"
+            f"{key}: {file} holds more than tensors, so that opening it could run code: it was not loaded.\n{hint}"
         ) from None
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{key}: {file} is damaged ({type(error).__name__}).\n{OWN_FILES[kind]}") from None
+        raise UserError(f"{key}: {file} is damaged ({type(error).__name__}).\n{hint}") from None
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{key}: {file} holds no state dict.\n{OWN_FILES[kind]}")
+        raise UserError(f"{key}: {file} holds no state dict.\n{hint}")
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 

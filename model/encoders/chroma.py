@@ -43,6 +43,10 @@ class MelChroma:
         self.note_window = torch.hann_window(window_length(config.sample_rate, 0.25))
         self.pitch_classes = pitch_class_filters(config.sample_rate, len(self.note_window))
 
+    @classmethod
+    def feature_dim(cls, config: SemanticEncoderConfig) -> int:
+        return cls.dim
+
     @torch.no_grad()
     def features(self, wave: Tensor) -> Tensor:
         """Float32 `[batch, samples // hop, dim]` of `wave` `[batch, samples]`."""

@@ -51,6 +51,12 @@ class HubertEncoder:
         self.dim = found.hidden_size
         self.dtype = config.dtype
 
+    @staticmethod
+    def feature_dim(config: SemanticEncoderConfig) -> int:
+        from transformers import HubertConfig
+
+        return HubertConfig.from_pretrained(find_weights(config), local_files_only=True).hidden_size
+
     @torch.no_grad()
     def features(self, wave: Tensor) -> Tensor:
         """Float32 `[batch, samples // hop, dim]` of `wave` `[batch, samples]`."""

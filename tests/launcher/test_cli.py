@@ -4,13 +4,16 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from launcher import cli
 
 COMMANDS = (
     "run", "plan", "status", "logs", "stop", "inspect", "corpus", "collect", "fit", "tokenize", "train",
-    "export", "export-transformers", "import-transformers", "generate", "doctor",
+    "export", "export-transformers", "import-transformers", "import-quantizers", "generate", "doctor",
 )  # fmt: skip
 
 
@@ -65,6 +68,11 @@ def test_the_version_is_shown(stretto):
         (["export", "nowhere", "out"], "error: nowhere is not a run folder"),
         (["generate", "nowhere"], "error: name what to play"),
         (["generate", "nowhere", "a flute", "-o", "out.mp3"], "error: out.mp3: name a file that ends in .wav with -o."),
+        (["import-quantizers", "out"], "error: name what to import: --semantic KMEANS.joblib, --conditioning RVQ.pt"),
+        (["import-quantizers", "out", "--semantic", "file"], "error: file was not read as a k-means of scikit-learn"),
+        (["import-quantizers", "out", "--conditioning", "file"], "error: conditioning: file is no checkpoint."),
+        (["import-quantizers", "out", "--semantic", "gone"], "error: semantic: there is no file gone."),
+        (["import-quantizers", ".", "--semantic", "file"], "error: . is there already: name a new folder"),
         (["corpus", "."], "error: . is there already: name a new folder"),
         (["collect", "list.csv", "-o", "out"], "error: list.csv cannot be read: No such file or directory."),
         (["collect", "file", "-o", "out"], "error: file: a manifest is a file that ends in .jsonl, .csv, .tsv."),
@@ -87,6 +95,24 @@ def test_a_dry_run_says_what_it_would_build_and_makes_nothing(stretto, tmp_path)
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines()][:2] == [["corpus", "build"], ["codec", "build"]]
     assert not (tmp_path / "run").exists()
+
+
+def test_imported_quantizers_say_how_a_recipe_uses_them(stretto, tmp_path):
+    """The words printed are overrides, and a plan made with them has the imported codes."""
+    save_file({f"layers.{level}._codebook.embed": 0.5**level * torch.randn(1, 32, 128) for level in range(4)},
+              tmp_path / "rvq.safetensors")  # fmt: skip
+    np.save(tmp_path / "kmeans.npy", np.random.default_rng(0).standard_normal((24, 92)))
+    files = ["--semantic", str(tmp_path / "kmeans.npy"), "--conditioning", str(tmp_path / "rvq.safetensors")]
+    code, out, _ = stretto("import-quantizers", str(tmp_path / "given"), *files)
+    words = [line.strip() for line in out.splitlines() if line.startswith("  ")]
+    assert (code, len(words)) == (0, 7)
+    assert "encoders.semantic.standardise=false" in words
+    code, out, _ = stretto("inspect", str(tmp_path / "given"))
+    assert (code, "4 × 32 × 128" in out, "measured" in out) == (0, True, False)
+    code, out, _ = stretto("run", "quickstart", "-o", str(tmp_path / "run"), "--dry-run", *words)
+    assert code == 0
+    code, out, _ = stretto("plan", "quickstart", *words)
+    assert (code, "4 × 32" in out, "1 × 24" in out) == (0, True, True)
 
 
 def test_a_corpus_is_made_whole(stretto, tmp_path):

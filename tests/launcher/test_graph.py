@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,15 @@ def test_a_file_that_is_gone_makes_its_stage_outdated(tmp_path):
     assert states["codec"].state == "outdated"
     assert "file is missing" in states["codec"].reasons[0]
     assert states["tokens"].done  # it would be made of the same
+
+
+def test_what_a_later_version_made_is_not_made_anew(tmp_path):
+    recipe = load_recipe("quickstart")
+    make_all(tmp_path, recipe)
+    manifest = tmp_path / "tokens" / artifact.MANIFEST
+    artifact.write_json(manifest, {**json.loads(manifest.read_text()), "format_version": 2})
+    with pytest.raises(UserError, match="tokens has format version 2; this Stretto reads up to 1: upgrade it"):
+        state_of(tmp_path, recipe)
 
 
 def test_checkpoints_are_gone_on_with_only_when_they_fit(tmp_path):

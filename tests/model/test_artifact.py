@@ -66,11 +66,12 @@ def test_reading_what_is_not_there(tmp_path):
         artifact.read(tmp_path / "corpus", "bundle")
     manifest = tmp_path / "corpus" / artifact.MANIFEST
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
-    with pytest.raises(UserError, match="format version 99"):
+    with pytest.raises(artifact.NewerFormat, match="format version 99"):
         artifact.read(tmp_path / "corpus")
-    manifest.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        artifact.read(tmp_path / "corpus")
+    for damage in (b"{", b"[]", b"\xff", b'{"format_version": "1", "kind": "corpus"}'):
+        manifest.write_bytes(damage)
+        with pytest.raises(UserError, match="damaged"):
+            artifact.read(tmp_path / "corpus")
 
 
 def test_a_fingerprint_is_of_the_values_not_of_their_order():

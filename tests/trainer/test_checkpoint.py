@@ -181,6 +181,24 @@ def test_every_flipped_byte_of_a_manifest_shows(trained, tmp_path):
             assert {**json.loads(changed), "format_version": 1} == said
 
 
+def write_newer(folder):
+    """As a later Stretto would have written an artifact."""
+    manifest = json.loads((folder / artifact.MANIFEST).read_text())
+    artifact.write_json(folder / artifact.MANIFEST, {**manifest, "format_version": artifact.FORMAT_VERSION + 1})
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_not_passed_over(run, tmp_path):
+    """Going on from an older one would remove it."""
+    write_newer(checkpoints(run) / step_name(12))
+    words = refused(run, tmp_path)
+    assert f"{step_name(12)} has format version 2; this Stretto reads up to 1: upgrade it." in words
+    assert "Or say with train.resume which step to go back to." in words
+    assert steps_in(checkpoints(run)) == [12, 10, 8, 6, 4, 2]
+    change(run, resume=8)
+    run_ranks(job, 1, tmp_path / "log", run)
+    assert "resumed at step 8" in log_of(run)
+
+
 def test_nothing_whole_is_an_error_and_not_a_fresh_start(run, tmp_path):
     for folder in checkpoints(run).iterdir():
         damaged(folder, "deleted")

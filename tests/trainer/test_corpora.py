@@ -88,6 +88,15 @@ def test_tokens_that_are_not_there(own: Path, tmp_path: Path, s3: Any) -> None:
     assert "holds no token artifact" in refused(own, mix=[{"tokens": "s3://no-such-bucket/tokens"}])
 
 
+def test_tokens_of_a_later_version_are_refused_wherever_they_are(own: Path, tmp_path: Path, s3: Any) -> None:
+    other = write_tokens(tmp_path / "other", range(100, 120), fingerprint="other")
+    manifest = json.loads((other / artifact.MANIFEST).read_text())
+    artifact.write_json(other / artifact.MANIFEST, {**manifest, "format_version": 2})
+    for address in (str(other), upload(s3, other, "later")):
+        message = refused(own, mix=[{"tokens": address}])
+        assert f"train.mix: {address} has format version 2; this Stretto reads up to 1: upgrade it." in message
+
+
 def test_a_run_folder_stands_for_its_tokens(own: Path, tmp_path: Path) -> None:
     write_tokens(tmp_path / "other" / "tokens", range(100, 120), fingerprint="other")
     setup = setup_of(own, mix=[{"tokens": str(tmp_path / "other"), "weight": 3.0}], own_weight=2.0)

@@ -17,6 +17,7 @@ from data import vector_file
 from data.corpus import TRAIN, VALIDATION, Clip, write_clips
 from data.progress import Progress
 from data.ranks import Ranks
+from model import artifact
 from model.config import CodecConfig, EncodersConfig, JointEmbedderConfig, KMeansConfig, QuantizersConfig
 from model.encoders import load_codec
 from model.encoders.towers import TwoTowers, fit_tokenizer
@@ -185,6 +186,24 @@ def test_quantizers_of_audio_and_text(corpus, embedding, tmp_path):
     audio = towers.embed_audio(torch.from_numpy(melody(np.random.default_rng(7)))[None, :RATE])
     for vectors in (audio, towers.embed_text(["plucked notes"])):
         assert (quantizer.decode(quantizer.encode(vectors)) - vectors).norm() < 0.35
+
+
+def test_given_quantizers_take_the_place_of_a_fit_and_are_measured(corpus, embedding, tmp_path):
+    """One of them; the other is fitted."""
+    encoders = EncodersConfig(joint=JOINT)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    fitted = fit_quantizers(corpus, embedding, encoders, QUANTIZERS, 0, tmp_path / "first", Progress())
+    artifact.write_manifest(tmp_path / "first", "quantizers", "f" * 16, info=fitted)
+    given = QUANTIZERS.semantic.model_copy(update={"centroids": str(tmp_path / "first")})
+    config = QUANTIZERS.model_copy(update={"semantic": given})
+    info = fit_quantizers(corpus, embedding, encoders, config, 1, tmp_path / "second", Progress())
+    first, second = (load_file(tmp_path / name / "quantizers.safetensors") for name in ("first", "second"))
+    assert torch.equal(first["semantic"], second["semantic"])
+    assert not torch.equal(first["conditioning"], second["conditioning"])
+    assert info["semantic"]["given"]["vectors"] == fitted["semantic"]["vectors"]
+    assert "vectors" not in info["semantic"]
+    assert 0 < info["semantic"]["measured"]["features"]["train"]["variance_left"][0] < 1
 
 
 def test_quantizers_without_captions(corpus, embedding, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 
@@ -131,6 +132,19 @@ def test_missing_credentials_are_an_error_at_the_start(run, tmp_path):
 
 def test_an_endpoint_that_is_no_address_is_an_error_at_the_start(run, tmp_path):
     assert "localhost:9000" in refused(run, tmp_path, AWS_ENDPOINT_URL="localhost:9000")
+
+
+def test_a_copy_of_a_later_version_is_refused_and_stays(bucket, tmp_path):
+    stored(tmp_path, 2, 4)
+    manifest = tmp_path / step_name(4) / artifact.MANIFEST
+    artifact.write_json(manifest, {**json.loads(manifest.read_text()), "format_version": 2})
+    remote = Remote(f"{bucket}/x", "coarse")
+    for step in (2, 4):
+        remote.upload(step, tmp_path / step_name(step))
+    with pytest.raises(artifact.NewerFormat, match=f"{step_name(4)} has format version 2"):
+        remote.whole()
+    uploads(bucket, tmp_path, keep_last=2).finish(60)
+    assert steps_there(bucket) == [4, 2]
 
 
 def test_a_prefix_with_the_copies_of_another_run_is_refused(run, bucket, tmp_path):
