@@ -94,6 +94,7 @@ def make_run(run: Path, bundle: Path, steps: int) -> Path:
             "embedding_seconds": 5.0,
             "captions": True,
             "records": {"train": 12, "validation": 4},
+            "seconds": SECONDS * 16,
         }
     return run
 

@@ -108,7 +108,8 @@ def resumed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
     run = shutil.copytree(request.param / "run", folder / "run")
     for name, part in (("codec", "codec"), ("embedding", "joint")):
-        shutil.copytree(request.param / "bundle" / "encoders" / part, run / name)
+        with artifact.create(run / name, name, name) as (partial, _):
+            shutil.copytree(request.param / "bundle" / "encoders" / part, partial, dirs_exist_ok=True)
     run_ranks(train_stages, 1, folder / "log", run, folder / "loaded", timeout=300)
     return request.param, run, folder / "loaded"
 
