@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,19 @@ class Request:
     device: str | None = None
     """A GPU where there is one, when None."""
     dtype: str = "auto"
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Where those of pretrained encoders are."""
+
+
+def read_places(texts: Sequence[str]) -> dict[str, str]:
+    """`codec=/models/encodec_24khz` and so on as a mapping. Raises UserError for what has no such form."""
+    found = {}
+    for text in texts:
+        part, equals, place = text.partition("=")
+        if not (equals and place):
+            raise UserError(f"--weights is {text!r}: give codec=PLACE or joint=PLACE.")
+        found[part] = place
+    return found
 
 
 def read_options(by_stage: dict[str, str | None], **others: Any) -> GenerationConfig:
@@ -70,7 +83,7 @@ def generate_files(bundle: Path, request: Request, output: Path, console: Consol
     from model.pipeline import MusicPipeline
 
     with ConsoleProgress(console) as progress:
-        pipeline = MusicPipeline.load(path, request.device, request.dtype)
+        pipeline = MusicPipeline.load(path, request.device, request.dtype, weights=request.weights)
         samples = pipeline.generate(
             request.prompts or None,
             like=_recording(request.like, pipeline.embedder.sample_rate) if request.like else None,

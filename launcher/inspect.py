@@ -129,7 +129,8 @@ def _artifact(path: Path, progress: Progress | None) -> Inspection:
     if found.kind == "quantizers":
         inspection.listings += [listing for listing in (_quantizers(info),) if listing.rows]  # none were measured
         info = {name: {key: part[key] for key in part if key != "measured"} for name, part in info.items()}
-    inspection.facts |= {name: _plain(value) for name, value in info.items() if name != "fields" and value not in EMPTY}
+    apart = ("fields", "sources")  # a table of its own; digests, for programs
+    inspection.facts |= {key: _plain(value) for key, value in info.items() if key not in apart and value not in EMPTY}
     if "fields" in info:
         inspection.listings.append(_fields(info["fields"].values()))
     inspection.problems = artifact.problems(found)

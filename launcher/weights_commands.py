@@ -78,17 +78,21 @@ def generate(
     dtype: Annotated[
         str, typer.Option(metavar="auto|fp32|bf16|fp16", help="To compute in; auto is bf16 on a GPU, fp32 on a CPU.")
     ] = "auto",
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="codec|joint=PLACE", help="Where a pretrained encoder's weights are on this machine."),
+    ] = None,
 ) -> None:
     """Make music from words, or in the manner of a recording.
 
     --cfg, --temperature, --top-k and --top-p take one number, or one for each stage: semantic=0.8,coarse=0.5. Stages
     that are not named do as the bundle says.
     """
-    from launcher.generate import Request, generate_files, read_options
+    from launcher.generate import Request, generate_files, read_options, read_places
 
     by_stage = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = read_options(by_stage, seconds=seconds, samples=samples, seed=seed, overlap=overlap)
-    request = Request(prompts or [], like, options, device, dtype)
+    request = Request(prompts or [], like, options, device, dtype, read_places(weights or []))
     for path, what in generate_files(bundle, request, output, Console(stderr=True)):
         print(f"{path}: {what}")
 

@@ -69,9 +69,18 @@ def test_the_bundle_makes_music(captioned, tmp_path):
 
 
 def test_a_bundle_needs_nothing_else(captioned, tmp_path):
-    """Moved elsewhere, without the run, and loaded without DeepSpeed or streaming."""
+    """Averaged over checkpoints, in fewer bits, elsewhere, without the run, and without DeepSpeed or streaming."""
     run, _, _ = captioned
-    stretto("export", run, tmp_path / "bundle")
+    stretto("export", run, tmp_path / "bundle", "--int8", "--dtype", "fp16", "--last", "2")
+    options = {"dtype": "fp16", "int8": True, "average": False, "last": 2}
+    assert artifact.read(tmp_path / "bundle", "bundle").info["weights"] == options
+    for refused in (
+        [tmp_path / "bundle"],
+        [tmp_path / "b", "--average", "--last", "2"],
+        [tmp_path / "b", "--last", "9"],
+    ):
+        assert "Traceback" not in stretto("export", run, *refused, code=2).stderr
+    assert not (tmp_path / "b").exists()
     program = (
         "import sys; from model import MusicPipeline\n"
         f"samples = MusicPipeline.load({str(tmp_path / 'bundle')!r}).generate(['a tune'] * 2, seconds=1)\n"

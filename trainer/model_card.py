@@ -31,7 +31,7 @@ LICENCES = (
 )
 """Part of the name of pretrained weights, and the licence found for them."""
 UNKNOWN = "licence not known here: look where the weights come from"
-OWN = "built in, fitted on this corpus"
+OWN = "built in, without weights of others"
 
 
 def model_card(info: Mapping[str, Any]) -> str:

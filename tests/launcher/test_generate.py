@@ -135,6 +135,7 @@ def test_the_weights_can_be_in_bf16(music):
             ["--device", "cuda:99"],
             f"device is 'cuda:99': torch finds {torch.cuda.device_count()} GPUs here. Choose cpu.",
         ),
+        (["--weights", "codec"], "--weights is 'codec': give codec=PLACE or joint=PLACE."),
         (["--dtype", "fp8"], "dtype is 'fp8': it must be auto, fp32, bf16, fp16."),
     ],
 )

@@ -8,8 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_bundle import make_bundle
+from small_encoders import CODEC, save_encodec
 
 from model import MusicPipeline, artifact
+from model.config import CodecConfig
+from model.encoders import load_codec
 from model.errors import UserError
 from model.int8 import is_linear, quantised
 
@@ -101,3 +104,22 @@ def test_weights_of_fewer_bits_sound_like_themselves(bundle, tmp_path):
             row = whole[name].flatten(1) if value.ndim > 1 else whole[name][None]
             step = row.abs().amax(dim=1).max() / 127
             assert (value - whole[name]).abs().max() <= step / 2 + 1e-6, name
+
+
+def test_a_pretrained_codec_may_lie_elsewhere_on_this_machine(bundle, tmp_path):
+    """A bundle names it and does not hold it."""
+    copy, place = copy_of(bundle, tmp_path), save_encodec(tmp_path / "encodec")
+    there = CodecConfig(**CODEC, weights=str(place))
+    shutil.rmtree(copy / "encoders" / "codec")
+    (copy / "encoders" / "codec").mkdir()
+    load_codec(place, there).save(copy / "encoders" / "codec")
+    found = artifact.read(copy)
+    found.info["encoders"]["codec"] = there.model_copy(update={"weights": "/gone/encodec"}).model_dump(mode="json")
+    artifact.write_manifest(copy, found.kind, found.fingerprint, info=found.info)
+    with pytest.raises(UserError, match=r"/gone/encodec is neither a folder here nor"):
+        MusicPipeline.load(copy, "cpu")
+    pipeline = MusicPipeline.load(copy, "cpu", weights={"codec": str(place)})
+    assert pipeline.generate(["a slow flute"], seconds=0.2).waveform.shape == (1, 5 * 320)
+    save_encodec(tmp_path / "other", stereo=True)
+    with pytest.raises(UserError, match="is not the one"):
+        MusicPipeline.load(copy, "cpu", weights={"codec": str(tmp_path / "other")})
