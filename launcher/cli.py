@@ -272,7 +272,7 @@ def train(stage: Annotated[str, typer.Argument(metavar="semantic|coarse|fine")],
     _run_stage(run, stage)
 
 
-for _command in (weights_commands.export, weights_commands.generate):
+for _command in (weights_commands.export, weights_commands.convert, weights_commands.generate):
     app.command()(_command)
 
 

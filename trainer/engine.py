@@ -30,10 +30,11 @@ from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
 from trainer.config import TrainConfig
 from trainer.deepspeed_settings import check_precision, deepspeed_config, swap_folders
-from trainer.fragments import WEIGHTS, Fragment, fragments, gathered, replicated, set_updates, unseen_norm, updates
+from trainer.fragments import Fragment, fragments, gathered, replicated, set_updates, unseen_norm, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
 from trainer.stopwatch import Stopwatch
+from trainer.tensor_files import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,14 @@ class Engine:
     def averages(self) -> bool:
         """Whether an average of the weights is kept."""
         return self._optimizer.average_decay is not None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, whole, whatever this rank holds of it."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+        }
 
     def set_learning_rate(self, factor: float) -> float:
         """Lets the next step learn at `factor` of the recipe's rates; returns the highest (μP has lower ones too)."""

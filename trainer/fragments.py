@@ -21,9 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from trainer.optimizer import AdamW
-
-WEIGHTS = "weights"
-"""The fp32 weights among the tensors of a fragment; the others have the names of the optimizer's state."""
+from trainer.tensor_files import WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from model import artifact
 from model.errors import UserError
 from model.stage import StageTransformer
-from trainer import checkpoint_folder, fragments
+from trainer import checkpoint_folder, tensor_files
 from trainer.setup import KIND, WEIGHTS, StageSetup
 from trainer.tensor_files import SlicedTensors
 
@@ -45,5 +45,5 @@ def _saved_weights(found: artifact.Artifact, stage: StageTransformer) -> dict[st
     tensors, weights = SlicedTensors(files), {}
     for name, parameter in stage.named_parameters():
         weights[name] = torch.empty(parameter.shape)
-        tensors.read(fragments.WEIGHTS, name, 0, weights[name].view(-1))
+        tensors.read(tensor_files.WEIGHTS, name, 0, weights[name].view(-1))
     return weights
