@@ -17,7 +17,8 @@ from typing import Any
 from model.errors import UserError
 from trainer.saved_state import SavedState
 from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch
-from trainer.torch_files import fingerprint, read_torch
+from trainer.torch_files import read_torch
+from trainer.zip_records import fingerprint
 
 OPTIMIZER = re.compile(r"(|bf16_|fp16_)zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -58,7 +59,7 @@ def read_native(folder: Path) -> SavedState:
     state = SavedState(
         folder,
         "a checkpoint of DeepSpeed's",
-        fingerprint([*models, *optimizers]),
+        lambda: fingerprint([*models, *optimizers]),
         SlicedTensors(),
         _shapes(first),
         _buffers(first),

@@ -24,7 +24,8 @@ from trainer.optimizer import AVERAGE
 from trainer.outputs import Output, text_output
 from trainer.saved_state import SavedState
 from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch
-from trainer.torch_files import fingerprint, read_torch, write_torch
+from trainer.torch_files import read_torch, write_torch
+from trainer.zip_records import fingerprint
 
 ZERO = "zero"
 FP32 = "fp32"
@@ -66,7 +67,7 @@ def read_universal(folder: Path) -> SavedState:
             shapes.setdefault(name, noted.get(name, stretch.shape))
             tensors.add(WEIGHTS if kind == FP32 else kind, name, 0, stretch.part(0, stretch.count))
         paths += files.values()
-    state = SavedState(folder, "a universal checkpoint of DeepSpeed's", fingerprint(paths), tensors, shapes)
+    state = SavedState(folder, "a universal checkpoint of DeepSpeed's", lambda: fingerprint(paths), tensors, shapes)
     state.step = int(first.get("global_steps", 0))
     state.buffers = {name: first["module"][name] for name in first.get("buffer_names") or [] if name in first["module"]}
     state.shared = dict(first.get("shared_params") or {})

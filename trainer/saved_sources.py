@@ -32,13 +32,13 @@ def open_saved(path: Path) -> SavedState:
     checkpoints, or a format is newer than this version.
     """
     if path.is_file() and path.suffix == ".safetensors":
-        return _weights(path, [path], weights_fingerprint(path))
+        return _weights(path, [path])
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if (path / artifact.MANIFEST).is_file():
         return _artifact(artifact.read(path))
     if (path / INDEX).is_file() or (path / SINGLE).is_file():
-        return _weights(path, _listed(path), weights_fingerprint(path))
+        return _weights(path, _listed(path))
     steps = steps_in(path) or steps_in(path / "checkpoints")
     if steps:
         raise UserError(f"{path} holds several checkpoints: name one of them, such as {step_name(steps[0])}.")
@@ -55,11 +55,11 @@ def _artifact(found: Artifact) -> SavedState:
     if found.kind == UNIVERSAL:
         state = _deepspeed(deepspeed_files.tagged(found.path))
     elif found.kind == CONVERTED:
-        state = _weights(found.path, _listed(found.path), found.fingerprint)
+        state = _weights(found.path, _listed(found.path))
         state.origin = found.info["source"]
         state.step = state.origin.get("step", 0)
     elif found.kind == setup.KIND:
-        state = _weights(found.path, [found.path / setup.WEIGHTS], found.fingerprint)
+        state = _weights(found.path, [found.path / setup.WEIGHTS])
         state.step = found.info["steps"]
         state.origin = {"stage": found.path.name, "step": state.step}
         if AVERAGE_WEIGHTS in found.manifest["files"]:
@@ -67,7 +67,7 @@ def _artifact(found: Artifact) -> SavedState:
                 state.tensors.add(AVERAGE, name, 0, stretch)
     else:
         raise UserError(f"{found.path} is of kind {found.kind!r} and {NOT_KNOWN}")
-    state.whole, state.fingerprint = found, found.fingerprint
+    state.whole = found
     return state
 
 
@@ -87,7 +87,7 @@ def _checkpoint(found: Artifact) -> SavedState:
         raise UserError(f"{foreign[0]} is not in the manifest of this checkpoint: it is of another one, take it away.")
     tensors = SlicedTensors(sorted(known))
     shapes = _shapes(found)
-    state = SavedState(found.path, "a checkpoint of Stretto's", found.fingerprint, tensors, shapes, whole=found)
+    state = SavedState(found.path, "a checkpoint of Stretto's", lambda: found.fingerprint, tensors, shapes, whole=found)
     shared = json.loads((found.path / checkpoint_folder.STATE).read_text())
     state.step, state.updates = found.info["step"], float(shared["updates"])
     state.common = {
@@ -134,7 +134,7 @@ def _listed(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _weights(path: Path, files: list[Path], fingerprint: str) -> SavedState:
+def _weights(path: Path, files: list[Path]) -> SavedState:
     """Weights alone, whole tensors by name."""
     tensors, shapes = SlicedTensors(), {}
     buffers: dict[str, Stretch] = {}
@@ -147,7 +147,7 @@ def _weights(path: Path, files: list[Path], fingerprint: str) -> SavedState:
                 tensors.add(WEIGHTS, name, 0, stretch)
             else:
                 buffers[name] = stretch
-    return SavedState(path, "weights", fingerprint, tensors, shapes, buffers)
+    return SavedState(path, "weights", lambda: weights_fingerprint(path), tensors, shapes, buffers)
 
 
 def _deepspeed(folder: Path) -> SavedState:

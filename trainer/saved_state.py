@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ class SavedState:
     """The folder or file."""
     what: str
     """In words."""
-    fingerprint: str
-    """Changes with any of it."""
+    identify: Callable[[], str]
+    """Gives what changes with any of it, for which all may have to be read."""
     tensors: SlicedTensors
     shapes: dict[str, tuple[int, ...]]
     """Of the parameters, which are fp32 or are made so."""
@@ -51,6 +52,11 @@ class SavedState:
     """Why there is no optimizer's state, where there should be one."""
     zipped: bool = False
     """Whether its files are torch.save's, which have checksums."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any of it."""
+        return self.whole.fingerprint if self.whole is not None else self.identify()
 
     @property
     def kinds(self) -> list[str]:

@@ -8,13 +8,9 @@ is told as the stretch of the file in which it lies.
 from __future__ import annotations
 
 import pickle
-import struct
-import zipfile
-import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,10 @@ from torch import Tensor
 
 from model import artifact
 from model.errors import UserError
-from trainer.tensor_files import BLOCK_BYTES, Stretch
+from trainer.tensor_files import Stretch
+from trainer.zip_records import Record, check, records
 
 DEEPSPEED = "deepspeed.runtime"
-LOCAL_HEADER = 30
-"""Bytes of a zip file's local header before the name."""
 
 
 class Inert:
@@ -45,17 +40,6 @@ STAND_INS: list[Any] = [
     (str, "deepspeed.runtime.zero.offload_config.OffloadDeviceEnum"),
 ]
 """What a checkpoint of DeepSpeed's may name beside tensors and plain values."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One file in a zip file, as its directory has it."""
-
-    name: str
-    offset: int
-    """Of its first byte."""
-    size: int
-    crc: int
 
 
 def read_torch(path: Path) -> Any:
@@ -109,44 +93,11 @@ def _located(value: Any, path: Path, starts: dict[int, Record]) -> Any:
     return value
 
 
-def records(path: Path) -> tuple[Record, ...]:
-    """The directory of a zip file. Raises UserError where it is none, or truncated: the directory is at the end."""
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            return tuple(_record(entry, file) for entry in archive.infolist())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except (zipfile.BadZipFile, struct.error, OSError):
-        raise UserError(f"{path} is truncated, or no file of torch.save's (in its zip format).") from None
-
-
-def _record(entry: zipfile.ZipInfo, file: Any) -> Record:
-    file.seek(entry.header_offset)
-    name, extra = struct.unpack("<HH", file.read(LOCAL_HEADER)[26:])
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile
-    return Record(entry.filename, entry.header_offset + LOCAL_HEADER + name + extra, entry.file_size, entry.CRC)
-
-
-def fingerprint(paths: Iterable[Path]) -> str:
-    """Changes with the contents of any of the files: of names, sizes and checksums of all records in them."""
-    return artifact.fingerprint(
-        {path.name: [(record.name, record.size, record.crc) for record in records(path)] for path in paths}
-    )
-
-
 def check_records(used: Iterable[Stretch], report: Callable[[int], None]) -> None:
     """Reads the records that hold `used` and compares their checksums; `report` hears of the bytes that were read.
     Raises UserError where one has changed since it was written."""
     for record, path in _records_of(used):
-        found, left = 0, record.size
-        with path.open("rb", buffering=0) as file:
-            file.seek(record.offset)
-            while left and (block := file.read(min(left, BLOCK_BYTES))):
-                found, left = zlib.crc32(block, found), left - len(block)
-                report(len(block))
-        if left or found != record.crc:
-            raise UserError(f"{path} is damaged: {record.name} in it has changed since it was written.")
+        check(path, record, report)
 
 
 def bytes_of(used: Iterable[Stretch]) -> int:

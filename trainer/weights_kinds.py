@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model import artifact
 from model.errors import UserError
+from trainer import zip_records
 
 CONVERTED = "weights"
 """Kind of the artifact of `stretto convert --to fp32`."""
@@ -25,10 +26,13 @@ def weights_fingerprint(path: Path) -> str:
         return artifact.read(path).fingerprint
     if not path.is_dir():
         raise UserError(f"{path} does not exist.")
-    files = sorted(file for pattern in ("*.safetensors", INDEX, "**/*.pt", "latest*") for file in path.glob(pattern))
-    if not files:
+    files = sorted(file for pattern in ("*.safetensors", INDEX, "latest*") for file in path.glob(pattern))
+    zipped = sorted(path.glob("**/*.pt"))
+    if not files and not zipped:
         raise UserError(f"{path} holds no weights.")
-    return artifact.fingerprint({str(file.relative_to(path)): artifact.file_digest(file) for file in files})
+    return artifact.fingerprint(
+        {file.name: artifact.file_digest(file) for file in files}, zip_records.fingerprint(zipped)
+    )
 
 
 def _noted(path: Path) -> str | None:
