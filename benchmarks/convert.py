@@ -7,10 +7,10 @@ without an engine, in the files, keys, classes and order of DeepSpeed 0.19's ZeR
 an equal part, padded, and all its parts lie end to end. That both read it, and to the same weights, is checked.
 
 Each conversion is a command in a process of its own, which reads files that are not in the system's cache and writes to
-the same disk. They take turns. Peak memory is the kernel's count of the process, libraries included; pages of files
-that a process has mapped count in it, so its own (anonymous) memory, looked at every 20 ms, is told apart. The time is
-that of the whole command, and then again until what it wrote is on the disk: ours is when it ends, since it syncs,
-reads back and digests all it writes. Nothing else should run meanwhile.
+the same disk. They take turns. Peak memory is the kernel's count of the process (VmHWM), libraries included; pages of
+files that a process has mapped count in it, so its own (anonymous) memory is told apart, both looked at every 20 ms. The
+time is that of the whole command, and then again until what it wrote is on the disk: ours is when it ends, since it
+syncs, reads back and digests all it writes. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -182,17 +182,18 @@ def forget(files: list[Path]) -> None:
 def measured(arguments: list[str], output: Path) -> dict[str, Any]:
     """Runs a command; seconds, and bytes that it held at most."""
     started = time.perf_counter()
-    anonymous, log = 0, output.with_name(f"{output.name}.txt")
+    peak, anonymous, log = 0, 0, output.with_name(f"{output.name}.txt")
     with log.open("w") as file:
         process = subprocess.Popen(arguments, stdout=file, stderr=file)
     while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
+        held = memory(process.pid)
+        # What wait4 tells would count what this process held when it started the command.
+        peak, anonymous = max(peak, held.get("VmHWM", 0)), max(anonymous, held.get("RssAnon", 0))
+        if process.poll() is not None:
             break
-        anonymous = max(anonymous, own_memory(process.pid))
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - started
-    if status:
+    if process.returncode:
         raise SystemExit(f"{arguments} failed:\n{log.read_text()}")
     for path in output.rglob("*"):
         if path.is_file():
@@ -203,18 +204,16 @@ def measured(arguments: list[str], output: Path) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 3),
         "on_disk": round(on_disk, 3),
-        "peak_memory": usage.ru_maxrss * 1024,
+        "peak_memory": peak,
         "anonymous": anonymous,
     }
 
 
-def own_memory(pid: int) -> int:
-    """Bytes of a process that are no pages of files."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+def memory(pid: int) -> dict[str, int]:
+    """Bytes that a process holds, as the kernel tells them apart; nothing of one that has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pairs = (line.split(":") for line in lines if line.startswith(("VmHWM:", "RssAnon:")))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
 def check_alike(ours: Path, peer: Path, shapes: Shapes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,13 @@ class _Bytes:
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.done, self.total = progress, 0, 0
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        self.done += count
-        self.progress.update(self.done // MEGABYTE, max(self.done, self.total) // MEGABYTE, "MB")
+        """From any thread."""
+        with self._lock:
+            self.done += count
+            self.progress.update(self.done // MEGABYTE, max(self.done, self.total) // MEGABYTE, "MB")
 
 
 # Whole weights

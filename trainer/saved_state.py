@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from model import artifact
 from model.errors import UserError
 from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch
-from trainer.torch_files import bytes_of, check_records
+from trainer.torch_files import CHECKERS, bytes_of, check_records
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -104,12 +105,13 @@ class SavedState:
             if self.zipped:
                 check_records(self._used(kinds), report)
             return
-        files = self.whole.manifest["files"]
-        for number, file in enumerate(files.values()):
-            wrong = artifact.problems(self.whole, share=(number, len(files)))
-            if wrong:
-                raise UserError(f"{wrong[0]}: {self.path} is damaged.")
-            report(file["bytes"])
+        whole, files = self.whole, self.whole.manifest["files"]
+        with ThreadPoolExecutor(CHECKERS) as threads:  # a digest does not hold Python's lock
+            found = threads.map(lambda number: artifact.problems(whole, share=(number, len(files))), range(len(files)))
+            for file, wrong in zip(files.values(), found, strict=True):
+                if wrong:
+                    raise UserError(f"{wrong[0]}: {self.path} is damaged.")
+                report(file["bytes"])
 
     def _used(self, kinds: Iterable[str]) -> list[Stretch]:
         parts = [part for kind in kinds for found in self.tensors.of(kind).values() for part in found]

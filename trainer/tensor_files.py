@@ -10,6 +10,7 @@ import mmap
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ def stream_tensors(
                 fill(name, start, part)
                 yield part.view(torch.uint8).numpy()
 
-    return _write(path, parts)
+    with ThreadPoolExecutor(1) as helper:
+        return _write(path, parts, helper)
 
 
 def header_of(
@@ -153,28 +155,43 @@ def header_of(
     return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
 
 
-def _write(path: Path, parts: Callable[[], Iterable[np.ndarray]]) -> dict[str, Any]:
-    """Writes the bytes of `parts`, which is called again to compare what the disk gives back."""
+def _write(
+    path: Path, parts: Callable[[], Iterable[np.ndarray]], helper: ThreadPoolExecutor | None = None
+) -> dict[str, Any]:
+    """Writes the bytes of `parts`, which is called again to compare what the disk gives back. A `helper` digests while
+    the disk writes, and reads while `parts` are made again: faster, where no training wants the processor."""
     digest = hashlib.sha256()
     with LargeFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
         for block in _blocks(parts()):
-            digest.update(block.data)
+            digested = _begin(helper, digest.update, block.data)
             file.write(block.data)
+            digested()
         file.sync()
-    if not _holds(path, parts()):
+    if not _holds(path, parts(), helper):
         raise OSError(f"{path} reads back as something else than was written: the disk is not to be trusted.")
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _holds(path: Path, parts: Iterable[np.ndarray]) -> bool:
+def _holds(path: Path, parts: Iterable[np.ndarray], helper: ThreadPoolExecutor | None) -> bool:
     """Whether the file is those bytes: they are here to compare with, which takes less than another digest."""
-    target = _page_aligned(BLOCK_BYTES)
+    target, blocks = _page_aligned(BLOCK_BYTES), _blocks(parts)
     with LargeFile(path, os.O_RDONLY) as file:
-        for block in _blocks(parts):
-            there = target[: len(block)]
-            if file.read_into(there.data) < len(block) or not np.array_equal(there, block):
+        while True:
+            reading = _begin(helper, file.read_into, target.data)
+            block = next(blocks, None)
+            count = reading()
+            if block is None:
+                return count == 0
+            if count != len(block) or not np.array_equal(target[:count], block):
                 return False
-        return file.read_into(target.data) == 0
+
+
+def _begin(helper: ThreadPoolExecutor | None, function: Callable[[Any], Any], block: memoryview) -> Callable[[], Any]:
+    """Starts `function(block)`, or does it now without a helper; returns what waits for its result."""
+    if helper is None:
+        result = function(block)
+        return lambda: result
+    return helper.submit(function, block).result
 
 
 def _blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

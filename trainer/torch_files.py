@@ -11,6 +11,7 @@ import pickle
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Inert:
     def __init__(self, *_: Any) -> None: ...
 
 
+CHECKERS = 4
+"""Files whose checksums are compared at a time."""
 STAND_INS: list[Any] = [
     (int, f"{DEEPSPEED}.zero.config.ZeroStageEnum"),
     (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
@@ -96,8 +99,9 @@ def _located(value: Any, path: Path, starts: dict[int, Record]) -> Any:
 def check_records(used: Iterable[Stretch], report: Callable[[int], None]) -> None:
     """Reads the records that hold `used` and compares their checksums; `report` hears of the bytes that were read.
     Raises UserError where one has changed since it was written."""
-    for record, path in _records_of(used):
-        check(path, record, report)
+    with ThreadPoolExecutor(CHECKERS) as threads:  # Python's lock is not held meanwhile
+        for done in [threads.submit(check, path, record, report) for record, path in _records_of(used)]:
+            done.result()
 
 
 def bytes_of(used: Iterable[Stretch]) -> int:

@@ -15,7 +15,7 @@ from model.errors import UserError
 
 LOCAL_HEADER = 30
 """Bytes of a zip file's local header before the name."""
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)

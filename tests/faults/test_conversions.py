@@ -15,7 +15,6 @@ from trainer import checkpoint_folder
 from trainer.tensor_files import WEIGHTS, slice_name, write_tensors
 
 SHAPES = {f"layer.{number}": (64, 32 + number) for number in range(12)}
-KILLS = 20
 SLOW = 0.02
 """Seconds that each file takes longer: what is killed must be under way for some time."""
 
@@ -69,7 +68,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("to", ["fp32", "universal"])
-def test_a_conversion_killed_at_any_moment_ends_with_the_same_bytes(checkpoint, tmp_path, to):
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.faults)])
+def test_a_conversion_killed_at_any_moment_ends_with_the_same_bytes(checkpoint, tmp_path, to, kills):
     def start(output):
         return start_ranks(slowly, 1, tmp_path / "log", checkpoint, output, to, tmp_path)
 
@@ -77,7 +77,7 @@ def test_a_conversion_killed_at_any_moment_ends_with_the_same_bytes(checkpoint, 
     lasted = float((tmp_path / "lasted").read_text())
     expected = contents(tmp_path / "whole")
     moments, killed = random.Random(7), 0
-    for number in range(KILLS):
+    for number in range(kills):
         output = tmp_path / f"out {number}"
         (tmp_path / "begun").unlink()
         ranks = start(output)
@@ -91,4 +91,4 @@ def test_a_conversion_killed_at_any_moment_ends_with_the_same_bytes(checkpoint, 
         if left != expected:
             assert start(output).wait() == [0], ranks.output()
         assert contents(output) == expected
-    assert killed >= KILLS // 2
+    assert killed >= kills // 2
