@@ -274,6 +274,7 @@ def train(stage: Annotated[str, typer.Argument(metavar="semantic|coarse|fine")],
 
 for _command in (
     weights_commands.export,
+    weights_commands.convert,
     weights_commands.export_transformers,
     weights_commands.import_transformers,
     weights_commands.import_quantizers,

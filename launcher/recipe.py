@@ -217,7 +217,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     values = recipe.model_dump(mode="json")
     trains = [stage["train"] for stage in values["stages"].values()]
     always = [(values["data"], "audio"), (values["data"], "captions"), (values, "fitted_from")]
-    always += [(train, "cache") for train in trains]
+    always += [(train, key) for train in trains for key in ("cache", "init_from")]
     always += [(kmeans, "centroids") for kmeans in values["quantizers"].values()]
     named = [(values["encoders"][name], "weights") for name in ("codec", "semantic", "joint")]
     named += [(values["encoders"]["joint"], "tokenizer")]

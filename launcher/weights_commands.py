@@ -47,6 +47,33 @@ def export(
     print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
 
 
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="RUN/STAGE/checkpoints/step-…, or a checkpoint of DeepSpeed's, universal or not."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="fp32|universal",
+            help="Whole weights in safetensors, or a universal checkpoint that plain DeepSpeed engines load.",
+        ),
+    ],
+    average: Annotated[bool, typer.Option("--average", help="The moving average of the weights (ema_decay).")] = False,
+) -> None:
+    """Make of a checkpoint what other tools read. The same command goes on where it was stopped."""
+    from launcher.display import ConsoleProgress
+    from trainer.convert import convert as convert_checkpoint
+
+    with ConsoleProgress(Console(stderr=True)) as progress:
+        info = convert_checkpoint(checkpoint, output, to, average, progress=progress)
+    print(f"{output}: {info['parameters']:,} parameters of step {info['source'].get('step', 0):,}, {to}")
+
+
 def generate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run folder that has one.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to play.")] = None,

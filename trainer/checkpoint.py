@@ -178,7 +178,12 @@ class Checkpointer:
         (write.folder / STATE).write_text(json.dumps(write.state))
         files |= artifact.describe_files(write.folder, [STATE])
         artifact.sync(write.folder / STATE)
-        own = {"step": write.step, "world_size": self.engine.world_size, "resume": self.config.resume}
+        own = {
+            "step": write.step,
+            "world_size": self.engine.world_size,
+            "resume": self.config.resume,
+            "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
+        }
         seal(write.folder, self.identity, {**own, "versions": versions(), **write.info}, files)
         wrong = problems(write.folder, digests=False)
         if wrong:

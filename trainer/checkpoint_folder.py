@@ -13,8 +13,6 @@ from model.errors import UserError
 from trainer.config import TrainConfig
 
 KIND = "checkpoint"
-WEIGHTS = "weights"
-"""The fp32 weights among the tensors of a parameter; the others have the names of the optimizer's state."""
 STATE = "state.json"
 """What all ranks share; each rank's own is in its `rank_file`."""
 

@@ -70,6 +70,9 @@ class TrainConfig(ExecutionConfig):
     precision: Literal["bf16", "fp32"] = "bf16"
     zero: str = "zero2"
     """A file of ds_configs/ (without .json), or a path to a DeepSpeed JSON file."""
+    init_from: str | None = None
+    """Weights that a new training begins with: a checkpoint, a trained stage, a folder of `stretto convert`, or a
+    .safetensors file such as a bundle's. Fresh ones when not given."""
     packing: bool = False
     """Windows of a rank in one row without padding, so that clips shorter than window_seconds are windows too. Every
     code then counts alike, so a long window for more than a short one."""

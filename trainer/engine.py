@@ -28,13 +28,13 @@ from model.config import ExecutionConfig
 from model.dropping import Dropped
 from model.initialisation import parameter_groups
 from model.stage import Batch, StageTransformer
-from trainer.checkpoint_folder import WEIGHTS
 from trainer.config import TrainConfig
 from trainer.deepspeed_settings import check_precision, deepspeed_config, swap_folders
 from trainer.fragments import Fragment, fragments, gathered, replicated, set_updates, unseen_norm, updates
 from trainer.optimizer import AVERAGE, AdamW
 from trainer.spikes import SpikeGuard
 from trainer.stopwatch import Stopwatch
+from trainer.tensor_files import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,14 @@ class Engine:
     def averages(self) -> bool:
         """Whether an average of the weights is kept."""
         return self._optimizer.average_decay is not None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, whole, whatever this rank holds of it."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+        }
 
     def set_learning_rate(self, factor: float) -> float:
         """Lets the next step learn at `factor` of the recipe's rates; returns the highest (μP has lower ones too)."""

@@ -20,8 +20,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from trainer.checkpoint_folder import WEIGHTS
 from trainer.optimizer import AdamW
+from trainer.tensor_files import WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from model import artifact
 from model.artifact import Artifact
 from model.errors import UserError
 from trainer import checkpoint_folder
-from trainer.checkpoint_folder import WEIGHTS as CHECKPOINT_WEIGHTS
 from trainer.optimizer import AVERAGE
 from trainer.setup import AVERAGE_WEIGHTS, KIND, WEIGHTS
+from trainer.tensor_files import WEIGHTS as CHECKPOINT_WEIGHTS
 from trainer.tensor_files import SlicedTensors
 
 

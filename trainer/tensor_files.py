@@ -1,28 +1,110 @@
-"""Files of tensors, in the safetensors format: written straight from memory, read back slice by slice."""
+"""Files of tensors, in the safetensors format: written straight from memory or piece by piece, read back slice by
+slice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from model.errors import UserError
 from trainer.large_file import LargeFile
 
+WEIGHTS = "weights"
+"""The fp32 weights among the kinds of tensors that are saved; the others have the names of the optimizer's state."""
 DTYPES = {
-    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
-    "torch.int64": "I64", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.float32": "F32", "torch.uint8": "U8", "torch.int64": "I64", "torch.float64": "F64", "torch.float16": "F16",
+    "torch.bfloat16": "BF16", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.bool": "BOOL",
 }  # fmt: skip
+NAMES = {name: getattr(torch, dtype.removeprefix("torch.")) for dtype, name in DTYPES.items()}
 BLOCK_BYTES = 16 << 20
+LARGEST_HEADER = 100_000_000
+"""Bytes; the format allows no more."""
+
+Fill = Callable[[str, int, Tensor], None]
+"""Fills a flat tensor with the elements of the tensor of that name, from a number on."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements that lie end to end in a file, from byte `offset` on. Nothing is mapped: a mapping would count as this
+    process's memory, however little of it is looked at."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def part(self, first: int, count: int) -> Stretch:
+        """`count` elements of it from `first` on, flat. Raises UserError where it has not so many."""
+        if not 0 <= first <= first + count <= self.count:
+            raise UserError(f"{self.path} holds {self.count} elements where {first + count} should be: it is damaged.")
+        return Stretch(self.path, self.offset + first * self.dtype.itemsize, self.dtype, (count,))
+
+    def read(self, first: int, target: Tensor) -> None:
+        """Fills `target` `[count]` with the elements from `first` on. Raises UserError where the file ends before."""
+        plain = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
+        source = target.detach() if plain else torch.empty(len(target), dtype=self.dtype)
+        view = source.view(torch.uint8).numpy().data if len(target) else memoryview(b"")
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + first * self.dtype.itemsize)
+            while len(view):
+                count = file.readinto(view)
+                if not count:
+                    raise UserError(f"{self.path} ends before what it should hold: it is truncated.")
+                view = view[count:]
+        if source is not target and not plain:
+            target.copy_(source)
+
+    def item(self) -> int | float:
+        """The value of a single element."""
+        value = torch.empty(1, dtype=self.dtype)
+        self.read(0, value)
+        return value.item()
+
+
+def stretches(path: Path) -> dict[str, Stretch]:
+    """The tensors of a safetensors file, by name. Raises UserError where it is none, or not whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(LARGEST_HEADER, size - 8):
+                raise ValueError
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: Stretch(path, 8 + length + entry["data_offsets"][0], NAMES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is no safetensors file, or its start is damaged.") from None
+    for stretch in found.values():
+        if stretch.offset < 8 + length or stretch.offset + stretch.nbytes > size:
+            raise UserError(f"{path} has {size} bytes, and should hold more: it is truncated.")
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -31,35 +113,85 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     The safetensors package first copies everything into one string and holds Python's lock meanwhile, which would stop
     a training that goes on beside this. Raises OSError, also where the disk does not give back what it was given.
     """
-    header: dict[str, Any] = {}
+    header = header_of({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    parts = [header, *(tensor.contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values())]
+    return _write(path, lambda: parts)
+
+
+def stream_tensors(
+    path: Path,
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    fill: Fill,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """`write_tensors` for tensors that are never whole in memory: each is asked of `fill` in blocks, once to be written
+    and once more to be compared with what the disk gives back."""
+
+    def parts() -> Iterator[np.ndarray]:
+        yield header_of(described, metadata)
+        for name, (dtype, shape) in described.items():
+            count, most = math.prod(shape), BLOCK_BYTES // dtype.itemsize
+            block = torch.empty(min(most, count), dtype=dtype)
+            for start in range(0, count, most):
+                part = block[: count - start]
+                fill(name, start, part)
+                yield part.view(torch.uint8).numpy()
+
+    with ThreadPoolExecutor(1) as helper:
+        return _write(path, parts, helper)
+
+
+def header_of(
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> np.ndarray:
+    """How a safetensors file begins that holds tensors of these types and shapes in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, (dtype, shape) in described.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[str(dtype)], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    parts = [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)]
-    parts += [tensor.contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
+    return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+
+
+def _write(
+    path: Path, parts: Callable[[], Iterable[np.ndarray]], helper: ThreadPoolExecutor | None = None
+) -> dict[str, Any]:
+    """Writes the bytes of `parts`, which is called again to compare what the disk gives back. A `helper` digests while
+    the disk writes, and reads while `parts` are made again: faster, where no training wants the processor."""
     digest = hashlib.sha256()
     with LargeFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
-        for block in _blocks(parts):
-            digest.update(block.data)
+        for block in _blocks(parts()):
+            digested = _begin(helper, digest.update, block.data)
             file.write(block.data)
+            digested()
         file.sync()
-    if not _holds(path, parts):
+    if not _holds(path, parts(), helper):
         raise OSError(f"{path} reads back as something else than was written: the disk is not to be trusted.")
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _holds(path: Path, parts: list[np.ndarray]) -> bool:
+def _holds(path: Path, parts: Iterable[np.ndarray], helper: ThreadPoolExecutor | None) -> bool:
     """Whether the file is those bytes: they are here to compare with, which takes less than another digest."""
-    target = _page_aligned(BLOCK_BYTES)
+    target, blocks = _page_aligned(BLOCK_BYTES), _blocks(parts)
     with LargeFile(path, os.O_RDONLY) as file:
-        for block in _blocks(parts):
-            there = target[: len(block)]
-            if file.read_into(there.data) < len(block) or not np.array_equal(there, block):
+        while True:
+            reading = _begin(helper, file.read_into, target.data)
+            block = next(blocks, None)
+            count = reading()
+            if block is None:
+                return count == 0
+            if count != len(block) or not np.array_equal(target[:count], block):
                 return False
-        return file.read_into(target.data) == 0
+
+
+def _begin(helper: ThreadPoolExecutor | None, function: Callable[[Any], Any], block: memoryview) -> Callable[[], Any]:
+    """Starts `function(block)`, or does it now without a helper; returns what waits for its result."""
+    if helper is None:
+        result = function(block)
+        return lambda: result
+    return helper.submit(function, block).result
 
 
 def _blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -92,25 +224,52 @@ def slice_name(kind: str, name: str, start: int) -> str:
 class SlicedTensors:
     """Flattened tensors whose slices lie in several files, whoever wrote which. Only what is asked for is read."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._slices: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for file in self._files:
-            for key in file.keys():  # noqa: SIM118 (it is not a mapping)
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
+        """The files of `paths` hold slices by `slice_name`. Raises UserError where one is not whole."""
+        self._slices: dict[tuple[str, str], list[tuple[int, int, Stretch]]] = defaultdict(list)
+        for path in paths:
+            for key, stretch in stretches(path).items():
                 kind, _, rest = key.partition("/")
                 name, _, start = rest.rpartition("/")
-                count = file.get_slice(key).get_shape()[0]
-                self._slices[kind, name].append((int(start), count, file, key))
-        for slices in self._slices.values():
-            slices.sort(key=lambda part: part[0])
+                if not (name and start.isdigit()):
+                    raise UserError(
+                        f"{path} holds {key!r}, which is no slice of a checkpoint's: it does not belong there."
+                    )
+                self.add(kind, name, int(start), stretch)
+
+    def add(self, kind: str, name: str, start: int, stretch: Stretch) -> None:
+        """Says where the elements from `start` lie."""
+        slices = self._slices[kind, name]
+        slices.append((start, stretch.count, stretch))
+        slices.sort(key=lambda part: part[0])
+
+    def kinds(self) -> dict[str, set[str]]:
+        """What there is of each tensor."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for kind, name in self._slices:
+            found[name].add(kind)
+        return found
+
+    def of(self, kind: str) -> dict[str, list[Stretch]]:
+        """All stretches of a kind, by the name of the tensor."""
+        return {name: [part for *_, part in slices] for (other, name), slices in self._slices.items() if other == kind}
+
+    def lacking(self, kind: str, name: str, count: int) -> int | None:
+        """The first of `count` elements that is in no file or in two; None where each is in one."""
+        end = 0
+        for start, length, _ in self._slices.get((kind, name), []):
+            if length and start != end:
+                break
+            end += length
+        return None if end == count else end
 
     def read(self, kind: str, name: str, start: int, target: Tensor) -> None:
         """Fills `target` `[count]` with the elements from `start`. Raises KeyError where some are in no file."""
         filled = 0
-        for first, count, file, key in self._slices[kind, name]:
+        for first, count, stretch in self._slices.get((kind, name), []):
             low, high = max(first, start), min(first + count, start + len(target))
             if low < high and low == start + filled:
-                target[low - start : high - start].copy_(file.get_slice(key)[low - first : high - first])
+                stretch.read(low - first, target[low - start : high - start])
                 filled = high - start
         if filled < len(target):
             raise KeyError(f"elements {start + filled} to {start + len(target)} of {kind} {name!r} are in no file")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from model import artifact
 from model.errors import UserError
 from model.stage import StageTransformer
-from trainer import checkpoint_folder
+from trainer import checkpoint_folder, tensor_files
 from trainer.setup import KIND, WEIGHTS, StageSetup
 from trainer.stage_weights import saved_tensors, whole
 
@@ -31,7 +31,7 @@ def trained_stage(run: Path, name: str) -> StageTransformer | None:
         if finished:
             stage.load_state_dict(load_file(folder / WEIGHTS))
         else:
-            tensors, kind = saved_tensors(found), checkpoint_folder.WEIGHTS
+            tensors, kind = saved_tensors(found), tensor_files.WEIGHTS
             saved = {key: whole(tensors, kind, key, value.shape) for key, value in stage.named_parameters()}
             stage.load_state_dict(saved)
     except (UserError, FileNotFoundError):  # that stage may start over or be moved away at this moment

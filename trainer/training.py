@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from model import artifact
@@ -17,6 +18,7 @@ from trainer.callback import Callback
 from trainer.checkpoint import Checkpointer
 from trainer.corpora import prepare
 from trainer.engine import Engine
+from trainer.initial_weights import Matched, initialise_from
 from trainer.metrics import Metrics
 from trainer.metrics_reader import METRICS, last_metrics
 from trainer.schedule import Schedule
@@ -136,8 +138,10 @@ class Training:
         self.beat("looking for a checkpoint")
         self.checkpoints.open()
         step = self.checkpoints.choose()
+        matched = None
         if step is None:
             self._check_never_saved()
+            matched = self._initialise()
         else:
             self.beat(f"loading the checkpoint of step {step}")
             self.load_state_dict(self.checkpoints.load(step))
@@ -145,6 +149,8 @@ class Training:
             if self.engine.rank == 0:
                 log.info("resumed at step %d of %d", self.step, self.config.steps)
         self._call("on_start")
+        if matched is not None:
+            self.metrics.write("initial", 0, **matched.to_json())
         if any(self.engine.most(stopping.told())) and self.step < self.config.steps:
             self._interrupt()
 
@@ -156,6 +162,14 @@ class Training:
                 f"{self.checkpoints.folder} is empty, but this stage has saved step {before['step']} there. "
                 f"Bring it back, or move {self.setup.folder} away to start over."
             )
+
+    def _initialise(self) -> Matched | None:
+        """The weights that a new training begins with, where the recipe names some."""
+        if self.config.init_from is None:
+            return None
+        what = "loading the initial weights"
+        self.beat(what)
+        return initialise_from(self.engine, Path(self.config.init_from), self.setup.folder, lambda: self.beat(what))
 
     def _check_losses(self) -> None:
         """The host looks at the losses only when it logs: a bad one changes nothing meanwhile."""

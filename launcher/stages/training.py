@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.stage import Stage, picked
 from model.config import STAGES as NAMES
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
@@ -28,8 +30,9 @@ def _stage(name: str) -> Stage:
     def keys(recipe: Recipe) -> dict[str, Any]:
         steering = STEERING.get(getattr(recipe.stages, name).train.schedule, ())
         without = tuple(f"{key}.train.{part}" for part in WITHOUT_EFFECT if part not in steering)
-        found = picked("seed", key, without=(*without, f"{key}.train.mix"))(recipe)
-        return {**found, **_mixed(key, getattr(recipe.stages, name).train)}
+        found = picked("seed", key, without=(*without, f"{key}.train.mix", f"{key}.train.init_from"))(recipe)
+        train = getattr(recipe.stages, name).train
+        return {**found, **_mixed(key, train), **_initial(key, train)}
 
     return Stage(name, ("quantizers", "tokens"), keys, 2, None)
 
@@ -42,6 +45,18 @@ def _mixed(key: str, train: TrainConfig) -> dict[str, Any]:
 
     mixed = [[artifact_manifest(other.tokens)[1]["fingerprint"], other.weight] for other in train.mix]
     return {f"the tokens of {key}.train.mix": mixed}
+
+
+def _initial(key: str, train: TrainConfig) -> dict[str, Any]:
+    """For a stage that begins with weights from elsewhere: which they are, wherever they lie."""
+    if train.init_from is None:
+        return {}
+    from trainer.weights_kinds import weights_fingerprint
+
+    try:
+        return {f"the weights of {key}.train.init_from": weights_fingerprint(Path(train.init_from))}
+    except UserError as error:
+        raise UserError(f"{key}.train.init_from: {error}") from None
 
 
 STAGES = tuple(_stage(name) for name in NAMES)

@@ -81,6 +81,20 @@ def test_how_often_is_validated_counts_where_the_schedule_learns_by_it():
         assert fingerprint(plateau, override) != fingerprint(plateau)
 
 
+def test_weights_that_a_stage_begins_with_count_wherever_they_lie(tmp_path: Path) -> None:
+    def begun(folder: Path, fingerprint: str) -> str:
+        with artifact.create(folder, "weights", fingerprint):
+            pass
+        return origins(load_recipe("quickstart", [f"stages.fine.train.init_from={folder}"]))["fine"].fingerprint
+
+    before, first = origins(load_recipe("quickstart"))["fine"].fingerprint, begun(tmp_path / "one", "a")
+    assert first != before
+    assert begun(tmp_path / "two", "a") == first
+    assert begun(tmp_path / "two", "b") != first
+    with pytest.raises(UserError, match=r"stages.fine.train.init_from: .*nowhere does not exist"):
+        origins(load_recipe("quickstart", [f"stages.fine.train.init_from={tmp_path}/nowhere"]))
+
+
 def test_tokens_that_are_mixed_in_count_wherever_they_lie(tmp_path: Path) -> None:
     def fingerprints(*overrides: str) -> dict[str, str]:
         return {name: origin.fingerprint for name, origin in origins(load_recipe("quickstart", overrides)).items()}

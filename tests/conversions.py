@@ -1,0 +1,92 @@
+"""Checkpoints to convert: of Stretto's and of DeepSpeed's, of the very same trainings, and engines that load them."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+from training_runs import TINY, make_run
+
+RANKS = (1, 2, 4)
+ZERO = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+SETTINGS = {
+    **TINY,
+    "steps": 3,
+    "warmup_steps": 1,
+    "checkpoint_every": 3,
+    "ema_decay": 0.5,
+    "global_batch": 4,
+    "validate_windows": 4,
+}
+SMALL = {"transformer": {"dim": 32, "layers": 1, "heads": 1}}
+CELLS = [(zero, ranks, precision) for ranks in RANKS for zero in ZERO for precision in PRECISIONS]
+STEP = "step-00000003"
+
+
+def cell_name(zero, ranks, precision):
+    return f"zero{zero}-{ranks}-{precision}"
+
+
+def make_cells(folder, ranks):
+    """A run folder for each ZeRO stage and precision on so many ranks."""
+    return [
+        make_run(folder / cell_name(zero, ranks, precision), SMALL, **SETTINGS, zero=f"zero{zero}", precision=precision)
+        for zero in ZERO
+        for precision in PRECISIONS
+    ]
+
+
+def train_and_save(*runs):
+    """For `run_ranks`: trains in each folder, and has DeepSpeed itself save the same state below it."""
+    from trainer.engine import Engine, start_process_group
+    from trainer.setup import SWAP, StageSetup
+    from trainer.training import Training
+
+    start_process_group()
+    for run in runs:
+        setup = StageSetup.read(run, "coarse")
+        engine = Engine(setup.build_model(), setup.config.train, setup.folder / SWAP)
+        Training(setup, engine).run()
+        engine._engine.save_checkpoint(run / "native")
+        engine.destroy()
+    torch.distributed.destroy_process_group()
+
+
+def load_universal(cases):
+    """For `run_ranks`: plain DeepSpeed engines load each universal checkpoint and compare what they then hold with the
+    weights and moments in a file. A case: folder, ZeRO stage, precision, run to build the model of, file."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from model.initialisation import parameter_groups
+    from trainer.engine import start_process_group
+    from trainer.setup import StageSetup
+
+    start_process_group()
+    for folder, zero, precision, run, expected in cases:
+        model = StageSetup.read(run, "coarse").build_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        optimizer = torch.optim.AdamW(parameter_groups(model, model.config.transformer, 1e-3, 0.1))
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": zero},
+            "zero_allow_untested_optimizer": True,
+            "checkpoint": {"load_universal": True},
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        path, _ = engine.load_checkpoint(folder)
+        assert path is not None
+        assert engine.global_steps == 3
+        wanted = load_file(expected)
+        for name, parameter in engine.module.named_parameters():
+            assert torch.equal(safe_get_full_fp32_param(parameter), wanted[f"weights {name}"]), (folder, zero, name)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                found = safe_get_full_optimizer_state(parameter, kind)
+                assert torch.equal(found, wanted[f"{kind} {name}"]), (folder, zero, kind, name)
+        steps = {float(state["step"]) for state in optimizer.state.values() if "step" in state}
+        assert steps == {3.0}, steps
+        engine.destroy()
+    torch.distributed.destroy_process_group()

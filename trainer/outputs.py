@@ -1,0 +1,79 @@
+"""Files of an artifact that are made one after another: what an interruption has left finished is not made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model import artifact
+from model.errors import UserError
+
+JOURNAL = "finished.jsonl"
+"""In the folder WORK of an artifact that is not finished: the files that are, a line each."""
+SPARE_BYTES, SPARE_BYTES_A_FILE = 1 << 20, 1 << 14
+"""For what the disk needs beside the contents."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that is to be made."""
+
+    name: str
+    """Relative to the folder."""
+    nbytes: int
+    """That it holds, but for its header."""
+    write: Callable[[Path], dict[str, Any]]
+    """Writes it, reads it back, and returns its size and SHA-256."""
+
+
+def text_output(name: str, text: str) -> Output:
+    def write(path: Path) -> dict[str, Any]:
+        path.write_text(text)
+        artifact.sync(path)
+        return artifact.describe_files(path.parent, [path.name])[path.name]
+
+    return Output(name, len(text), write)
+
+
+def left_to_make(path: Path, fingerprint: str, outputs: Sequence[Output]) -> list[Output]:
+    """Those of `outputs` that are not finished for the artifact `path`: what was noted of a file must still be true."""
+    if not artifact.began(path, fingerprint):
+        return list(outputs)
+    folder = artifact.unfinished(path)
+    noted = journal(folder)
+    there = artifact.describe_files(folder, noted)
+    return [output for output in outputs if output.name not in noted or there.get(output.name) != noted[output.name]]
+
+
+def journal(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is noted of the files that are finished. A line that a kill cut short does not count."""
+    try:
+        lines = (folder / artifact.WORK / JOURNAL).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    return {row["name"]: row["file"] for row in map(json.loads, lines)}
+
+
+def make(folder: Path, output: Output) -> dict[str, Any]:
+    """Writes one file and notes that it is finished."""
+    path = folder / output.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = output.write(path)
+    with (folder / artifact.WORK / JOURNAL).open("a") as file:
+        file.write(json.dumps({"name": output.name, "file": described}) + "\n")
+    return described
+
+
+def require_room(path: Path, outputs: Sequence[Output]) -> None:
+    """Raises UserError where the disk of `path` has not the room for all of `outputs`."""
+    needed = sum(output.nbytes + SPARE_BYTES_A_FILE for output in outputs) + SPARE_BYTES
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+    if free < needed:
+        raise UserError(
+            f"{path} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or name a "
+            "folder on another disk."
+        )
