@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import zipfile
 
@@ -237,6 +238,29 @@ def test_a_damaged_file_of_deepspeeds_is_named(native, tmp_path):
     assert f"{file} is truncated" in refusal(native, tmp_path / "out")
     file.unlink()
     assert "1 files of optimizer states where 2 ranks" in refusal(native, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["fp32", "universal"])
+@pytest.mark.parametrize("wrote", ["ours", "native"])
+def test_a_flipped_byte_is_found_or_changes_nothing(request, tmp_path, wrote, to):
+    """Some lie between the tensors, or in those that are not used."""
+    folder = request.getfixturevalue(wrote)
+    convert(folder, tmp_path / "whole", to)
+    places, found = random.Random(3), 0
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for number in range(40):
+        file = places.choice(files)
+        place = places.randrange(min(file.stat().st_size, 5000)) * places.choice((1, -1))
+        flip(file, place)
+        try:
+            convert(folder, tmp_path / f"out {number}", to)
+        except UserError:
+            found += 1
+            assert not (tmp_path / f"out {number}").exists()
+        else:
+            assert same_bytes(tmp_path / f"out {number}", tmp_path / "whole"), (file, place)
+        flip(file, place)
+    assert found > (39 if wrote == "ours" else 5)
 
 
 def test_files_of_two_checkpoints_in_one_folder_are_refused(trained, native, tmp_path):
