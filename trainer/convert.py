@@ -95,7 +95,7 @@ class _Bytes:
         """From any thread."""
         with self._lock:
             self.done += count
-            self.progress.update(self.done // MEGABYTE, max(self.done, self.total) // MEGABYTE, "MB")
+            self.progress.update(self.done // MEGABYTE, max(self.done, self.total) // MEGABYTE, "megabytes")
 
 
 # Whole weights

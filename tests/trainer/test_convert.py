@@ -281,19 +281,22 @@ def test_files_of_two_checkpoints_in_one_folder_are_refused(trained, native, tmp
 class Foreign:
     """What a pickle should not bring about."""
 
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/stretto-was-fooled",)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_a_pickle_that_asks_for_code_is_refused_and_not_run(native, tmp_path):
-    file = optimizer_file(native, 0)
-    torch.save({"optimizer_state_dict": {"zero_stage": Foreign()}}, file)
+    file, made = optimizer_file(native, 0), tmp_path / "made by a pickle"
+    torch.save({"optimizer_state_dict": {"zero_stage": Foreign(made)}}, file)
     said = refusal(native, tmp_path / "out")
     assert f"{file} asks for" in said
     assert "mkdir" in said
-    file.write_bytes(pickle.dumps({"optimizer_state_dict": Foreign()}))
+    file.write_bytes(pickle.dumps({"optimizer_state_dict": Foreign(made)}))
     assert str(file) in refusal(native, tmp_path / "out")
-    assert not os.path.exists("/tmp/stretto-was-fooled")
+    assert not made.exists()
 
 
 @pytest.mark.parametrize("what", [{}, {"optimizer_state_dict": {"fp32_flat_groups": 3}}, [1], {"module": 4}])
