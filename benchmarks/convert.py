@@ -6,10 +6,10 @@ The checkpoint is of 1 B parameters and 4 ranks, with random weights and moments
 without an engine, in the files, keys, classes and order of DeepSpeed 0.19's ZeRO-3 engine: of each parameter a rank has
 an equal part, padded, and all its parts lie end to end. That both read it, and to the same weights, is checked.
 
-Each conversion is a command in a process of its own, which reads files that are not in the system's cache and writes to
-the same disk. They take turns. Peak memory is the kernel's count of the process (VmHWM), libraries included; pages of
-files that a process has mapped count in it, so its own (anonymous) memory is told apart, both looked at every 20 ms. The
-time is that of the whole command, and then again until what it wrote is on the disk: ours is when it ends, since it
+Each conversion is a command in a process of its own, which reads files that are not in the system's cache and writes
+to the same disk. They take turns. Peak memory is the kernel's count of the process (VmHWM), libraries included; pages
+of files that a process has mapped count in it, so its own (anonymous) memory is told apart, both looked at every 20 ms.
+The time is that of the whole command, and then again until what it wrote is on the disk: ours is when it ends, since it
 syncs, reads back and digests all it writes. Nothing else should run meanwhile.
 """
 

@@ -64,8 +64,9 @@ def convert(
     state.check(kinds, done.add)
     inputs = {"checkpoint": state.fingerprint}
     with artifact.resume(output, FORMATS[to], fingerprint, inputs) as (folder, info, files):
-        for one in outputs:
-            files[one.name] = make(folder, one) if one in left else journal(folder)[one.name]
+        files.update(journal(folder))
+        for one in left:
+            files[one.name] = make(folder, one)
         parameters = sum(math.prod(shape) for shape in state.shapes.values())
         info.update(format=to, parameters=parameters, tensors=len(state.shapes), average=average)
         info["source"] = {"what": state.what, **state.origin}
@@ -94,7 +95,7 @@ class _Bytes:
         """From any thread."""
         with self._lock:
             self.done += count
-            self.progress.update(self.done // MEGABYTE, max(self.done, self.total) // MEGABYTE, "MB")
+            self.progress.update(self.done // MEGABYTE, max(self.done, self.total) // MEGABYTE, "megabytes")
 
 
 # Whole weights

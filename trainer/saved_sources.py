@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def _checkpoint(found: Artifact) -> SavedState:
     tensors = SlicedTensors(sorted(known))
     shapes = _shapes(found)
     state = SavedState(found.path, "a checkpoint of Stretto's", lambda: found.fingerprint, tensors, shapes, whole=found)
-    shared = json.loads((found.path / checkpoint_folder.STATE).read_text())
+    shared = _state(found)
     state.step, state.updates = found.info["step"], float(shared["updates"])
     state.common = {
         "global_steps": state.step,
@@ -102,6 +103,14 @@ def _checkpoint(found: Artifact) -> SavedState:
         if kind != "random":
             state.require(kind)
     return state
+
+
+def _state(found: Artifact) -> dict[str, Any]:
+    """What the ranks share, whose digest is looked at first, since what is read here is used."""
+    path = found.path / checkpoint_folder.STATE
+    if artifact.file_digest(path) != found.manifest["files"][checkpoint_folder.STATE]["sha256"]:
+        raise UserError(f"{path} has changed: its digest is not the one in the manifest.")
+    return json.loads(path.read_text())
 
 
 def _shapes(found: Artifact) -> dict[str, tuple[int, ...]]:

@@ -97,13 +97,15 @@ def stretches(path: Path) -> dict[str, Stretch]:
             name: Stretch(path, 8 + length + entry["data_offsets"][0], NAMES[entry["dtype"]], tuple(entry["shape"]))
             for name, entry in header.items()
         }
+        end = max((stretch.offset + stretch.nbytes for stretch in found.values()), default=0)
+        if any(stretch.offset < 8 + length or min(stretch.shape, default=0) < 0 for stretch in found.values()):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path} is no safetensors file, or its start is damaged.") from None
-    for stretch in found.values():
-        if stretch.offset < 8 + length or stretch.offset + stretch.nbytes > size:
-            raise UserError(f"{path} has {size} bytes, and should hold more: it is truncated.")
+    if end > size:
+        raise UserError(f"{path} has {size} bytes where {end} should be: it is truncated.")
     return found
 
 

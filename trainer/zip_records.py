@@ -36,8 +36,10 @@ def records(path: Path) -> list[Record]:
             return [_record(entry, file) for entry in archive.infolist()]
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    except (zipfile.BadZipFile, struct.error):
-        raise UserError(f"{path} is truncated, or no file of torch.save's (in its zip format).") from None
+    except PermissionError:
+        raise
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OSError):  # what it says leads nowhere
+        raise UserError(f"{path} is truncated or damaged, or no file of torch.save's (in its zip format).") from None
 
 
 def _record(entry: zipfile.ZipInfo, file: BinaryIO) -> Record:

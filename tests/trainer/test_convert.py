@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import zipfile
 
@@ -239,6 +240,29 @@ def test_a_damaged_file_of_deepspeeds_is_named(native, tmp_path):
     assert "1 files of optimizer states where 2 ranks" in refusal(native, tmp_path / "out")
 
 
+@pytest.mark.parametrize("to", ["fp32", "universal"])
+@pytest.mark.parametrize("wrote", ["ours", "native"])
+def test_a_flipped_byte_is_found_or_changes_nothing(request, tmp_path, wrote, to):
+    """Some lie between the tensors, or in those that are not used."""
+    folder = request.getfixturevalue(wrote)
+    convert(folder, tmp_path / "whole", to)
+    places, found = random.Random(3), 0
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for number in range(40):
+        file = places.choice(files)
+        place = places.randrange(min(file.stat().st_size, 5000)) * places.choice((1, -1))
+        flip(file, place)
+        try:
+            convert(folder, tmp_path / f"out {number}", to)
+        except UserError:
+            found += 1
+            assert not (tmp_path / f"out {number}").exists()
+        else:
+            assert same_bytes(tmp_path / f"out {number}", tmp_path / "whole"), (file, place)
+        flip(file, place)
+    assert found > (39 if wrote == "ours" else 5)
+
+
 def test_files_of_two_checkpoints_in_one_folder_are_refused(trained, native, tmp_path):
     def copied(zero, ranks, precision, name):
         other = trained / cell_name(zero, ranks, precision) / "native" / "global_step3"
@@ -257,19 +281,22 @@ def test_files_of_two_checkpoints_in_one_folder_are_refused(trained, native, tmp
 class Foreign:
     """What a pickle should not bring about."""
 
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/stretto-was-fooled",)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_a_pickle_that_asks_for_code_is_refused_and_not_run(native, tmp_path):
-    file = optimizer_file(native, 0)
-    torch.save({"optimizer_state_dict": {"zero_stage": Foreign()}}, file)
+    file, made = optimizer_file(native, 0), tmp_path / "made by a pickle"
+    torch.save({"optimizer_state_dict": {"zero_stage": Foreign(made)}}, file)
     said = refusal(native, tmp_path / "out")
     assert f"{file} asks for" in said
     assert "mkdir" in said
-    file.write_bytes(pickle.dumps({"optimizer_state_dict": Foreign()}))
+    file.write_bytes(pickle.dumps({"optimizer_state_dict": Foreign(made)}))
     assert str(file) in refusal(native, tmp_path / "out")
-    assert not os.path.exists("/tmp/stretto-was-fooled")
+    assert not made.exists()
 
 
 @pytest.mark.parametrize("what", [{}, {"optimizer_state_dict": {"fp32_flat_groups": 3}}, [1], {"module": 4}])
