@@ -13,7 +13,7 @@ from launcher import cli
 
 COMMANDS = (
     "run", "plan", "status", "logs", "stop", "inspect", "corpus", "collect", "fit", "tokenize", "train",
-    "export", "export-transformers", "import-transformers", "import-quantizers", "generate", "doctor",
+    "export", "convert", "export-transformers", "import-transformers", "import-quantizers", "generate", "doctor",
 )  # fmt: skip
 
 
