@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import TINY, make_run
 
 RANKS = (1, 2, 4)
@@ -21,6 +21,9 @@ SETTINGS = {
 SMALL = {"transformer": {"dim": 32, "layers": 1, "heads": 1}}
 CELLS = [(zero, ranks, precision) for ranks in RANKS for zero in ZERO for precision in PRECISIONS]
 STEP = "step-00000003"
+LOGITS = "logits"
+MATRIX: dict[str, dict[str, float]] = {}
+"""Of each cell that was tried, by how much its logits differ from the engine's, by what it was converted to."""
 
 
 def cell_name(zero, ranks, precision):
@@ -36,6 +39,11 @@ def make_cells(folder, ranks):
     ]
 
 
+def saved(run):
+    """The checkpoint of a cell's run."""
+    return run / "coarse" / "checkpoints" / STEP
+
+
 def train_and_save(*runs):
     """For `run_ranks`: trains in each folder, and has DeepSpeed itself save the same state below it."""
     from trainer.engine import Engine, start_process_group
@@ -48,8 +56,25 @@ def train_and_save(*runs):
         engine = Engine(setup.build_model(), setup.config.train, setup.folder / SWAP)
         Training(setup, engine).run()
         engine._engine.save_checkpoint(run / "native")
+        keep_logits(engine, setup)
         engine.destroy()
     torch.distributed.destroy_process_group()
+
+
+def keep_logits(engine, setup):
+    """Writes what the engine's own model gives for a few windows, in the precision it trains in."""
+    import deepspeed
+
+    from trainer.export_check import example_windows, logits_of
+
+    model, logits = engine._engine.module, []
+    partitioned = engine._engine.zero_optimization_partition_weights()
+    for window in example_windows(setup)[1]:
+        # For each window anew: ZeRO-3 gives weights up when the modules that hold them have run.
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=partitioned):
+            logits += logits_of(model, [window])
+    if engine.rank == 0:
+        save_file({LOGITS: torch.cat(logits)}, setup.run / f"{LOGITS}.safetensors")
 
 
 def load_universal(cases):

@@ -51,7 +51,7 @@ def make_finished_run(run: Path, average: bool = False) -> Path:
     }
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for name, config in configs.items():
-        _stage(run, name, config, quantizers, average)
+        make_finished_stage(run, name, config, quantizers, average)
     return run
 
 
@@ -83,16 +83,21 @@ def _tokens(path: Path) -> None:
         )
 
 
-def _stage(run: Path, name: str, config: StageModelConfig, quantizers: dict[str, torch.Tensor], average: bool) -> None:
+def make_finished_stage(
+    run: Path, name: str, config: StageModelConfig, quantizers: dict[str, torch.Tensor], average: bool = False
+) -> None:
+    """A stage that the recipe of `run` describes by `config`, with random weights and checkpoints."""
     folder = run / name
     folder.mkdir()
     (folder / "stage.json").write_text(json.dumps({"fingerprint": name}))
-    identity = StageSetup.read(run, name).identity
+    setup = StageSetup.read(run, name)
     for step in STEPS:
-        weights = dict(sorted(random_stage(config, quantizers).named_parameters()))
+        weights = dict(sorted(random_stage(config, quantizers, setup.fields).named_parameters()))
         weights = {key: value.detach() for key, value in weights.items()}
         means = {key: value / 2 for key, value in weights.items()} if average else {}
-        save_checkpoint(folder / "checkpoints" / checkpoint_folder.step_name(step), step, identity, weights, means)
+        save_checkpoint(
+            folder / "checkpoints" / checkpoint_folder.step_name(step), step, setup.identity, weights, means
+        )
     write_tensors(folder / WEIGHTS, weights)
     if average:
         write_tensors(folder / AVERAGE_WEIGHTS, means)
@@ -101,7 +106,7 @@ def _stage(run: Path, name: str, config: StageModelConfig, quantizers: dict[str,
     parameters = sum(value.numel() for value in weights.values())
     info = {"steps": STEPS[-1], "parameters": parameters, "model": config.model_dump(mode="json")}
     names = [WEIGHTS, AVERAGE_WEIGHTS] if average else [WEIGHTS]
-    artifact.write_manifest(folder, KIND, name, identity, info, names)
+    artifact.write_manifest(folder, KIND, name, setup.identity, info, names)
 
 
 def save_checkpoint(

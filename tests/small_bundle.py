@@ -49,9 +49,11 @@ def fitted_parts(encoders: EncodersConfig = ENCODERS) -> tuple[MelCodec, TwoTowe
     return codec, towers, {CONDITIONING: conditioning.centroids}
 
 
-def random_stage(config: StageModelConfig, quantizers: dict[str, torch.Tensor]) -> StageTransformer:
+def random_stage(
+    config: StageModelConfig, quantizers: dict[str, torch.Tensor], fields: dict[str, TokenField] = FIELDS
+) -> StageTransformer:
     """With weights large enough for the prompt and every code to matter."""
-    stage = build_stage(config, FIELDS, quantizers)
+    stage = build_stage(config, fields, quantizers)
     for parameter in stage.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return stage

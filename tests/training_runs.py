@@ -76,6 +76,8 @@ def make_run(folder, model=None, lengths=(SECONDS,), **train):
             "hop_seconds": 5.0,
             "embedding_seconds": 5.0,
             "captions": True,
+            "records": {"train": 50, "validation": 10},
+            "seconds": 60 * SECONDS,
         }
     return folder
 

@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 import torch
-from conversions import CELLS, RANKS, STEP, cell_name, load_universal, make_cells, train_and_save
+from conversions import CELLS, RANKS, STEP, cell_name, load_universal, saved
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from training_runs import holdings
@@ -26,22 +26,9 @@ from trainer.deepspeed_files import tagged
 cells = pytest.mark.parametrize(("zero", "ranks", "precision"), CELLS)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """Run folders of all cells, each with a checkpoint of Stretto's and one of DeepSpeed's."""
-    folder = tmp_path_factory.mktemp("cells")
-    for ranks in RANKS:
-        run_ranks(train_and_save, ranks, folder / "log", *make_cells(folder, ranks), timeout=300)
-    return folder
-
-
 @pytest.fixture
 def run(trained):
     return trained / cell_name(2, 2, "bf16")
-
-
-def saved(run):
-    return run / "coarse" / "checkpoints" / STEP
 
 
 def moments(run, path):
