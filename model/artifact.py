@@ -72,6 +72,17 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def require_room(path: Path, needed: int) -> None:
+    """Raises UserError where the disk that `path` is to be made on has not `needed` bytes free."""
+    place = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"this takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {place}: make room, or name a "
+            "folder on another disk."
+        )
+
+
 def sync(path: Path) -> None:
     """Flushes one file or folder to the disk, so that a rename that follows cannot overtake its contents."""
     handle = os.open(path, os.O_RDONLY)

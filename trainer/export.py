@@ -107,12 +107,7 @@ def _check_room(
     """Raises UserError where the disk of `folder` has not as much room as the bundle takes."""
     copied = sum(file["bytes"] for part in parts.values() for file in part.manifest["files"].values())
     written = sum(_bytes(key, shape, options) for source in weights.values() for key, shape in source.shapes.items())
-    needed, free = copied + written + SPARE_BYTES, shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"The bundle takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder.parent}. Make room, "
-            "or choose another place or fewer bits."
-        )
+    artifact.require_room(folder, copied + written + SPARE_BYTES)
 
 
 def _bytes(key: str, shape: tuple[int, ...], options: ExportOptions) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model import artifact
-from model.errors import UserError
 
 JOURNAL = "finished.jsonl"
 """In the folder WORK of an artifact that is not finished: the files that are, a line each."""
@@ -70,10 +68,4 @@ def make(folder: Path, output: Output) -> dict[str, Any]:
 
 def require_room(path: Path, outputs: Sequence[Output]) -> None:
     """Raises UserError where the disk of `path` has not the room for all of `outputs`."""
-    needed = sum(output.nbytes + SPARE_BYTES_A_FILE for output in outputs) + SPARE_BYTES
-    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-    if free < needed:
-        raise UserError(
-            f"{path} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or name a "
-            "folder on another disk."
-        )
+    artifact.require_room(path, sum(output.nbytes + SPARE_BYTES_A_FILE for output in outputs) + SPARE_BYTES)

@@ -21,7 +21,7 @@ from model.config import SamplingConfig, StageName
 from model.dropping import Dropped
 from model.errors import UserError
 from model.stage import Batch, StageTransformer
-from model.stock.bundles import require_room, stage_called, stage_of
+from model.stock.bundles import stage_called, stage_of
 from model.stock.card import model_card
 from model.stock.layout import MODELLING, config_json, generation_json, is_stock, some_window, window_frames
 from model.stock.modeling_stretto import StrettoStage
@@ -53,7 +53,7 @@ def export_stage(bundle_path: Path, name: str, output: Path) -> Exported:
     """
     bundle, stage_name = open_bundle(bundle_path, verify=True), stage_called(name)
     stage = stage_of(bundle, stage_name)
-    require_room(output, sum(value.nbytes for value in stage.state_dict().values()))
+    artifact.require_room(output, sum(value.nbytes for value in stage.state_dict().values()))
     for weight, value in stage.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"{weight} of stage {name!r} is not finite: export an earlier checkpoint, or train again.")

@@ -16,7 +16,7 @@ from model.artifact import CARD
 from model.bundle import KIND as BUNDLE
 from model.bundle import open_bundle, stage_file
 from model.errors import UserError
-from model.stock.bundles import require_room, stage_called, stage_of
+from model.stock.bundles import stage_called, stage_of
 from model.stock.layout import BLOCK, FORMAT_VERSION, NOT_SHAPE, config_json
 from model.stock.weights import from_tensors, read_tensors, weight_files
 
@@ -33,7 +33,7 @@ def import_stage(checkpoint: Path, bundle_path: Path, name: str, output: Path) -
     """
     stage_name, config = stage_called(name), read_config(checkpoint)
     bundle = open_bundle(bundle_path, verify=True)
-    require_room(output, sum(file["bytes"] for file in bundle.manifest["files"].values()))
+    artifact.require_room(output, sum(file["bytes"] for file in bundle.manifest["files"].values()))
     stage = stage_of(bundle, stage_name)
     check_config(checkpoint / CONFIG, config, config_json(stage, stage_name))
     stage.load_state_dict(from_tensors(stage, read_tensors(checkpoint), checkpoint))

@@ -19,7 +19,6 @@ from training_runs import holdings
 from model import artifact
 from model.errors import UserError
 from trainer import convert as conversion
-from trainer import outputs
 from trainer.convert import convert
 from trainer.deepspeed_files import tagged
 
@@ -316,8 +315,8 @@ def test_what_is_there_is_not_overwritten(ours, tmp_path):
 
 
 def test_too_little_disk_is_said_before_the_first_byte(ours, tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    assert "GB free: make room" in refusal(ours, tmp_path / "new" / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    assert ": make room, or name a folder" in refusal(ours, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 
 

@@ -186,7 +186,7 @@ def test_room_is_looked_for_before_anything_is_written(run, tmp_path, monkeypatc
     monkeypatch.setattr(trainer.export, "SPARE_BYTES", 0)
     usage = shutil.disk_usage(tmp_path)._replace(free=sizes["bf16"] + 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "are free at" in refused(run, tmp_path / "bundle")
+    assert "GB are free at" in refused(run, tmp_path / "bundle")
     export(run, tmp_path / "again", dtype="bf16")
 
 
