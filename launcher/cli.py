@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from importlib.metadata import version
@@ -11,12 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from data.processes import plain_errors
+from data.processes import fail, plain_errors
 from launcher import weights_commands
 from launcher.arguments import Overrides, RecipeName, RunOption, RunPath, one_of, require_new
 from model.errors import UserError
 
 INTERRUPTED = 130
+PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""What is wrong with a path that the user has named."""
 app = typer.Typer(
     name="stretto",
     help="Trains text-to-music models: from a folder of audio to a bundle that makes music.",
@@ -32,6 +35,10 @@ def main() -> None:
     try:
         with plain_errors():
             app(prog_name="stretto")
+    except OSError as error:
+        if error.errno not in PLACES or not error.filename:
+            raise
+        fail(f"{error.filename}: {error.strerror}.")
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -10,7 +10,6 @@ killed, a process that waits for that ends the group.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -64,10 +63,11 @@ def _end_with_this_process() -> None:
         return
     os.setsid()
     os.close(held)
-    os.read(ended, 1)  # nobody writes: it returns when the other end is closed, however its holder died
-    with contextlib.suppress(ProcessLookupError):
+    try:
+        os.read(ended, 1)  # nobody writes: it returns when the other end is closed, however its holder died
         os.killpg(group, signal.SIGKILL)
-    os._exit(0)
+    finally:
+        os._exit(0)  # most often the group is empty by then, which is said as an error
 
 
 def environment(task: dict[str, Any]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -104,5 +103,9 @@ def _left_running(run: Path) -> list[Holder]:
 
 def _signal(told: list[Holder], number: signal.Signals) -> None:
     for found in told:
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(found.pid, number)
+        except ProcessLookupError:
+            continue
+        except PermissionError:
+            raise UserError(f"process {found.pid} is another user's: ask them to stop it.") from None

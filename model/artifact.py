@@ -171,6 +171,8 @@ def resume(
     info: dict[str, Any] = {}
     files: dict[str, Any] = {}
     yield folder, info, files
+    for torn in folder.glob(f".{MANIFEST}{PARTIAL}*"):  # by a kill while an earlier attempt wrote it
+        torn.unlink()
     found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     rest = describe_files(folder, {file.as_posix() for file in found if file.parts[0] != WORK} - files.keys())
     for name in rest:
@@ -243,8 +245,12 @@ def parse(text: bytes, place: str, kind: str | None = None) -> dict[str, Any]:
         manifest = json.loads(text)
         version, found = manifest["format_version"], manifest["kind"]
         newer = version > FORMAT_VERSION
+        # A name that leads out of the folder would have whoever copies the artifact read and write elsewhere.
+        damaged = not newer and any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{place}/{MANIFEST} is damaged: it does not read as a Stretto manifest.") from None
+        damaged = True
+    if damaged:
+        raise UserError(f"{place}/{MANIFEST} is damaged: it does not read as a Stretto manifest.")
     if newer:
         raise NewerFormat(
             f"{place} has format version {version}; this Stretto reads up to {FORMAT_VERSION}: upgrade it."

@@ -117,7 +117,7 @@ class MusicPipeline:
 
     def generate(
         self,
-        prompts: list[str] | None = None,
+        prompts: str | list[str] | None = None,
         *,
         like: Tensor | None = None,
         samples: int = 1,
@@ -139,6 +139,7 @@ class MusicPipeline:
         `on_step(stage, done, total)` reports. Raises UserError for values out of bounds (model/generation.py), and for
         text where the bundle was trained without captions.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         options = {"samples": samples, "seconds": seconds, "seed": seed, "overlap": overlap}
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cfg": cfg}
         config = GenerationConfig.of({**options, **sampling})

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from model import artifact
 from model.errors import UserError
 from trainer.agreement import alone, raise_alike, said
 from trainer.engine import Engine
@@ -83,6 +84,9 @@ def initialise_from(engine: Engine, path: Path, folder: Path, beat: Callable[[],
         [problem for problem in engine.gather(said(lambda: opened.append(open_saved(path)), folder)) if problem]
     )
     state, shapes = opened[0], engine.shapes
+    there = artifact.fingerprint(state.whole.fingerprint if state.whole else list(state.shapes.items()))
+    if len(set(engine.gather(there))) > 1:
+        raise UserError(f"train.init_from: {path} is not the same on all hosts: put it on a disk that they share.")
 
     def compared() -> Matched:
         found = Matched.of(state, shapes)
@@ -94,6 +98,7 @@ def initialise_from(engine: Engine, path: Path, folder: Path, beat: Callable[[],
     taken = set(matched.parameters)
     for fragment in engine.needed():
         if fragment.name in taken:
+            beat()
             state.fill(WEIGHTS, fragment.name, fragment.start, fragment.tensors[WEIGHTS])
             if AVERAGE in fragment.tensors:
                 fragment.tensors[AVERAGE].copy_(fragment.tensors[WEIGHTS])

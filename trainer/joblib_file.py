@@ -98,6 +98,14 @@ class _Reader(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    def load_nothing(self) -> None:
+        raise NotReadable("it holds what joblib does not write")
+
+    # Python takes the memory for these before it looks whether the bytes are there.
+    dispatch[pickle.BYTEARRAY8[0]] = load_nothing
+    dispatch[pickle.NEXT_BUFFER[0]] = load_nothing
+    dispatch[pickle.READONLY_BUFFER[0]] = load_nothing
+
     def _array(self, said: dict[str, Any]) -> NDArray[Any]:
         """The array whose bytes follow its description; newer dumps align them."""
         dtype, shape = _dtype(said["dtype"]), said["shape"]

@@ -27,6 +27,8 @@ LAYER = re.compile(r"(.*?)layers\.(\d+)\.(.*)")
 EMBED = "_codebook.embed"
 PARTS = {EMBED, *(f"_codebook.{name}" for name in ("embed_avg", "cluster_size", "initted"))}
 """Tensors of one level: its centroids, and what its training kept of them."""
+BESIDE = ("project_in", "project_out", "mlps")
+"""Parts of a ResidualVQ that change what its codebooks mean."""
 STANDARDISED = 1e-3
 """Means of standardised features are 0, so those of their centroids are; this share of their spread is rounding."""
 BY_ANGLE = 0.8, 1.001
@@ -59,8 +61,10 @@ def read_kmeans(path: Path) -> Tensor:
     if not path.is_file():
         raise UserError(f"semantic: there is no file {path}.\nopen-musiclm saves its k-means as kmeans.joblib.")
     try:
-        found = np.load(path, allow_pickle=False) if path.suffix == ".npy" else array(_fitted(path)["cluster_centers_"])
-    except (NotReadable, ValueError, EOFError) as error:
+        # Mapped, so that a header alone cannot take memory.
+        numpys = path.suffix == ".npy"
+        found = np.lib.format.open_memmap(path, mode="r") if numpys else array(_fitted(path)["cluster_centers_"])
+    except (NotReadable, ValueError, EOFError, OSError) as error:
         raise UserError(
             f"{path} was not read as a k-means of scikit-learn: {error}.\nWhere you trust it, write its centroids with "
             "the libraries that made it, and name that file: "
@@ -95,7 +99,7 @@ def read_residual_vq(path: Path) -> Tensor:
     (prefix,) = prefixes
     own = [match for match in found if match[1] == prefix]
     more = [match[0] for match in own if match[3] not in PARTS]
-    more += [name for name in tensors if name.startswith((f"{prefix}project_in.", f"{prefix}project_out."))]
+    more += [name for name in tensors if name.startswith(tuple(f"{prefix}{part}." for part in BESIDE))]
     if more:
         raise UserError(f"{path} does more than quantize by distance ({more[0]}): it cannot be taken over.")
     levels = sorted({int(match[2]) for match in own})
@@ -114,7 +118,9 @@ def _centroids(path: Path, books: list[Tensor]) -> Tensor:
     (shape,) = shapes if len(shapes) == 1 else ((),)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
         raise UserError(f"{path} has codebooks of shapes {sorted(shapes)}: one [1, codes, dim] for all is needed.")
-    centroids = torch.stack([book.view(shape[-2:]) for book in books]).float()
+    if any(book.nbytes > book.untyped_storage().nbytes() for book in books):
+        raise UserError(f"{path} holds tensors with fewer numbers than they claim to have.")
+    centroids = torch.stack([book.reshape(shape[-2:]) for book in books]).float()
     if not centroids.isfinite().all():
         raise UserError(f"{path} holds numbers that are not finite.")
     lengths = centroids.norm(dim=-1).mean(-1)

@@ -151,6 +151,8 @@ def _weights(path: Path, files: list[Path]) -> SavedState:
         for name, stretch in stretches(file).items():
             if name in shapes or name in buffers:
                 raise UserError(f"{file} holds {name!r}, which another file of {path} holds too.")
+            if stretch.dtype == torch.int8:
+                raise UserError(f"{file} holds weights of 8 bits, such as {name!r}: export the bundle without --int8.")
             if stretch.dtype.is_floating_point:
                 shapes[name] = stretch.shape
                 tensors.add(WEIGHTS, name, 0, stretch)

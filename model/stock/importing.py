@@ -46,9 +46,14 @@ def import_stage(checkpoint: Path, bundle_path: Path, name: str, output: Path) -
             shutil.copyfile(bundle.path / file, folder / file)
         save_file(stage.state_dict(), folder / weights)
         info.update(bundle.info, imported={**bundle.info.get("imported", {}), stage_name: sources})
+        for told in ("verified", "training"):  # of the stage that was there before
+            info[told] = {key: value for key, value in info.get(told, {}).items() if key != stage_name}
         before = bundle.path / CARD
         card = before.read_text() if before.is_file() else f"# The bundle {bundle.path.name}\n"
-        note = f"\nThe weights of the stage `{stage_name}` were imported from a checkpoint of `transformers`.\n"
+        note = (
+            f"\nThe weights of the stage `{stage_name}` were imported from a checkpoint of `transformers`: what is "
+            "said above of its training is not of these.\n"
+        )
         (folder / CARD).write_text(card + note)
 
 

@@ -128,7 +128,7 @@ def _names(folder: Path) -> list[str]:
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{folder / INDEX} is damaged: it does not read as an index of weights.") from None
         for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(f"{folder / INDEX} names {name}: only safetensors files beside it are read.")
         return names
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))

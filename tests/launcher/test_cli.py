@@ -78,6 +78,7 @@ def test_the_version_is_shown(stretto):
         (["collect", "file", "-o", "out"], "error: file: a manifest is a file that ends in .jsonl, .csv, .tsv."),
         (["collect", "list.csv"], "Missing option '--output'"),
         (["run", "quickstart", "-o", "file"], "error: file is a file: choose another folder with -o."),
+        (["corpus", "file/corpus"], "Not a directory."),
     ],
 )
 def test_a_users_mistake_is_a_plain_line_and_exit_code_2(stretto, tmp_path, monkeypatch, arguments, words):

@@ -68,7 +68,8 @@ def test_reading_what_is_not_there(tmp_path):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
     with pytest.raises(artifact.NewerFormat, match="format version 99"):
         artifact.read(tmp_path / "corpus")
-    for damage in (b"{", b"[]", b"\xff", b'{"format_version": "1", "kind": "corpus"}'):
+    outside = [b'{"format_version": 1, "kind": "corpus", "files": {"%s": {}}}' % name for name in (b"../x", b"/x")]
+    for damage in (b"{", b"[]", b"\xff", b'{"format_version": "1", "kind": "corpus"}', *outside):
         manifest.write_bytes(damage)
         with pytest.raises(UserError, match="damaged"):
             artifact.read(tmp_path / "corpus")

@@ -314,6 +314,41 @@ def test_what_is_there_is_not_overwritten(ours, tmp_path):
     assert not any(out.iterdir())
 
 
+def test_what_is_made_meanwhile_is_not_replaced(ours, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    make = conversion.make
+
+    def make_and_more(folder, one):
+        out.mkdir(exist_ok=True)
+        (out / "another's").touch()
+        return make(folder, one)
+
+    monkeypatch.setattr(conversion, "make", make_and_more)
+    assert "is there already" in refusal(ours, out)
+    assert [path.name for path in out.iterdir()] == ["another's"]
+
+
+def test_two_conversions_into_one_folder_do_not_meet(ours, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    make = conversion.make
+
+    def make_after_another(folder, one):
+        monkeypatch.setattr(conversion, "make", make)
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+            convert(ours, out, "fp32")
+        return make(folder, one)
+
+    monkeypatch.setattr(conversion, "make", make_after_another)
+    convert(ours, out, "fp32")
+    assert not artifact.problems(artifact.read(out))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_weights_of_8_bits_are_refused(tmp_path):
+    save_file({"transformer.q.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "coarse.safetensors")
+    assert "export the bundle without --int8" in refusal(tmp_path / "coarse.safetensors", tmp_path / "out")
+
+
 def test_too_little_disk_is_said_before_the_first_byte(ours, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     assert ": make room, or name a folder" in refusal(ours, tmp_path / "new" / "out")

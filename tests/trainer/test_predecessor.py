@@ -182,6 +182,11 @@ def test_what_is_no_kmeans_is_refused_in_words(tmp_path, kmeans):
     refused("objects.npy", "was not read as a k-means")
     np.save(tmp_path / "flat.npy", np.zeros(7))
     refused("flat.npy", r"float64 of shape \(7,\)")
+    np.savez(tmp_path / "several.npz", vectors())
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    refused("several.npy", "was not read as a k-means")
+    (tmp_path / "vast.joblib").write_bytes(b"\x80\x05\x96" + (1 << 45).to_bytes(8, "little") + b".")
+    refused("vast.joblib", "what joblib does not write")
 
 
 # Residual quantizer
@@ -222,7 +227,9 @@ UNIT = nn.functional.normalize(torch.ones(CODES, DIM), dim=-1)[None]
         (changed("layers.2._codebook.initted", torch.zeros(1)), "was saved before it was fitted"),
         (changed("project_in.weight", torch.ones(8, DIM)), r"does more than quantize by distance \(project_in.weight"),
         (changed("layers.0._codebook.batch_mean", torch.ones(1, 1, DIM)), r"more than .*_codebook.batch_mean"),
+        (changed("mlps.0.weight", torch.ones(DIM, DIM)), r"does more than quantize by distance \(mlps.0.weight"),
         (changed("layers.1._codebook.embed", torch.ones(1, 3, DIM)), "codebooks of shapes"),
+        (changed("layers.1._codebook.embed", torch.ones(1).expand(1, CODES, DIM)), "fewer numbers than they claim"),
         (changed("layers.1._codebook.embed", torch.full((1, CODES, DIM), torch.nan)), "not finite"),
         ({f"layers.{level}._codebook.embed": UNIT for level in range(3)}, "compares by angle"),
     ],
