@@ -123,6 +123,8 @@ def fit_quantizers(
             **fit,
             "measured": measure(corpus, _measured_clips(corpus, seed), encoding, quantizer, ranks),
         }
+        if name == SEMANTIC:
+            info[name]["standardised"] = encoders.semantic.standardise
         centroids[name] = quantizer.centroids
     if ranks.leads:
         save_file(centroids, folder / QUANTIZERS)

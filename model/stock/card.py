@@ -20,8 +20,8 @@ STOCK = """\
     print(codes.decode(made))                # [batch, frames, quantizers]
 
 `StageCodes` makes ids of codes, keeps `generate` to the codes of the quantizer whose turn it is, and makes codes of
-ids. A window that starts with known codes goes on from `codes.prompt(conditions, known)`. Guidance with a
-scale of {guidance:g} is
+ids. A window that starts with known codes goes on from `codes.prompt(conditions, known)`, to its end with
+`max_new_tokens=model.generation_config.max_new_tokens - known[0].numel()`. Guidance with a scale of {guidance:g} is
 
     model.generate(
         codes.prompt(conditions), logits_processor=[codes],
