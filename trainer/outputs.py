@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,22 +40,31 @@ def text_output(name: str, text: str) -> Output:
 
 
 def left_to_make(path: Path, fingerprint: str, outputs: Sequence[Output]) -> list[Output]:
-    """Those of `outputs` that are not finished for the artifact `path`: what was noted of a file must still be true."""
+    """Those of `outputs` that are not finished for the artifact `path`: what was noted of a file must still be true.
+    What there is of the others is removed, so that its room counts as free."""
     if not artifact.began(path, fingerprint):
         return list(outputs)
     folder = artifact.unfinished(path)
     noted = journal(folder)
     there = artifact.describe_files(folder, noted)
-    return [output for output in outputs if output.name not in noted or there.get(output.name) != noted[output.name]]
+    left = [output for output in outputs if output.name not in noted or there.get(output.name) != noted[output.name]]
+    for output in left:
+        (folder / output.name).unlink(missing_ok=True)
+    return left
 
 
 def journal(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is noted of the files that are finished. A line that a kill cut short does not count."""
+    """What is noted of the files that are finished. Lines that a kill or a crash left damaged do not count."""
+    found = {}
     try:
-        lines = (folder / artifact.WORK / JOURNAL).read_text().split("\n")[:-1]
+        lines = (folder / artifact.WORK / JOURNAL).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return {}
-    return {row["name"]: row["file"] for row in map(json.loads, lines)}
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            row = json.loads(line)
+            found[row["name"]] = row["file"]
+    return found
 
 
 def make(folder: Path, output: Output) -> dict[str, Any]:
@@ -61,8 +72,14 @@ def make(folder: Path, output: Output) -> dict[str, Any]:
     path = folder / output.name
     path.parent.mkdir(parents=True, exist_ok=True)
     described = output.write(path)
-    with (folder / artifact.WORK / JOURNAL).open("a") as file:
-        file.write(json.dumps({"name": output.name, "file": described}) + "\n")
+    with (folder / artifact.WORK / JOURNAL).open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        torn = file.read() not in (b"", b"\n")  # by a kill; what is appended begins a line of its own
+        line = json.dumps({"name": output.name, "file": described}) + "\n"
+        file.write(b"\n" * torn + line.encode())
+        file.flush()
+        os.fsync(file.fileno())
     return described
 
 
