@@ -16,6 +16,8 @@ JOURNAL = "finished.jsonl"
 """In the folder WORK of an artifact that is not finished: the files that are, a line each."""
 SPARE_BYTES, SPARE_BYTES_A_FILE = 1 << 20, 1 << 14
 """For what the disk needs beside the contents."""
+BLOCK = 512
+"""Bytes that `st_blocks` counts in."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,13 @@ def text_output(name: str, text: str) -> Output:
 
 
 def left_to_make(path: Path, fingerprint: str, outputs: Sequence[Output]) -> list[Output]:
-    """Those of `outputs` that are not finished for the artifact `path`: what was noted of a file must still be true.
-    What there is of the others is removed, so that its room counts as free."""
+    """Those of `outputs` that are not finished for the artifact `path`: what was noted of a file must still be true."""
     if not artifact.began(path, fingerprint):
         return list(outputs)
     folder = artifact.unfinished(path)
     noted = journal(folder)
     there = artifact.describe_files(folder, noted)
-    left = [output for output in outputs if output.name not in noted or there.get(output.name) != noted[output.name]]
-    for output in left:
-        (folder / output.name).unlink(missing_ok=True)
-    return left
+    return [output for output in outputs if output.name not in noted or there.get(output.name) != noted[output.name]]
 
 
 def journal(folder: Path) -> dict[str, dict[str, Any]]:
@@ -84,5 +82,8 @@ def make(folder: Path, output: Output) -> dict[str, Any]:
 
 
 def require_room(path: Path, outputs: Sequence[Output]) -> None:
-    """Raises UserError where the disk of `path` has not the room for all of `outputs`."""
-    artifact.require_room(path, sum(output.nbytes + SPARE_BYTES_A_FILE for output in outputs) + SPARE_BYTES)
+    """Raises UserError where the disk of `path` has not the room for all of `outputs`, the artifact's files that are
+    left to make. What an interruption left of them half there gives its room to them."""
+    needed = sum(output.nbytes + SPARE_BYTES_A_FILE for output in outputs) + SPARE_BYTES
+    half = [artifact.unfinished(path) / output.name for output in outputs]
+    artifact.require_room(path, needed - sum(file.stat().st_blocks * BLOCK for file in half if file.is_file()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import time
 
@@ -254,12 +255,19 @@ def test_a_line_of_the_journal_that_was_cut_short_harms_no_other(begun, torn):
     assert outputs.left_to_make(path, "same", files) == []
 
 
-def test_a_file_that_is_half_there_takes_no_room_from_its_remake(begun):
+def test_a_file_that_is_half_there_takes_no_room_from_its_remake(begun, monkeypatch):
     path, files = begun
-    folder = artifact.unfinished(path)
-    assert outputs.left_to_make(path, "same", files) == files[1:]
-    assert not (folder / "b").exists()
-    assert (folder / "a").exists()
+    half = artifact.unfinished(path) / "b"
+    half.write_bytes(os.urandom(1 << 20))
+    artifact.sync(half)
+    left = outputs.left_to_make(path, "same", files)
+    assert left == files[1:]
+    asked = []
+    monkeypatch.setattr(artifact, "require_room", lambda path, needed: asked.append(needed))
+    outputs.require_room(path, left)
+    outputs.require_room(path.with_name("other"), left)
+    assert asked[1] - asked[0] == half.stat().st_blocks * 512 >= 1 << 20
+    assert half.exists()
 
 
 def test_a_damaged_file_ends_the_check_of_the_rest(tmp_path, monkeypatch):
