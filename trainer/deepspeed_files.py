@@ -283,7 +283,7 @@ def _add_plain(state: SavedState, path: Path, first: dict[str, Any]) -> None:
     if optimizer is None:
         return
     inner = optimizer.get(STATE, optimizer)
-    names = _names(state, inner)
+    names = _names(state, optimizer, inner)
     rounded = "fp32_groups" in optimizer or "fp32_groups_flat" in optimizer
     if names is None or not (rounded or _told(state, inner)):
         state.lacks = (
@@ -342,12 +342,18 @@ def _check_order(state: SavedState, path: Path, module: dict[str, Stretch]) -> N
                 )
 
 
-def _names(state: SavedState, inner: dict[str, Any]) -> list[list[str]] | None:
-    """The parameters of each group, in order; None where that cannot be told."""
-    groups = inner["param_groups"]
+def _names(state: SavedState, optimizer: dict[str, Any], inner: dict[str, Any]) -> list[list[str]] | None:
+    """The parameters of each group, in order; None where that cannot be told, as where some of one group are frozen."""
+    groups, flat = inner["param_groups"], optimizer.get("fp32_groups_flat")
     if _named(inner):
         return [list(group["param_names"]) for group in groups]
-    return [list(state.shapes)] if len(groups) == 1 and len(groups[0]["params"]) == len(state.shapes) else None
+    if len(groups) > 1:
+        return None
+    if flat is not None:  # in place of the group's parameters
+        whole = flat[0].count == sum(map(math.prod, state.shapes.values()))
+    else:
+        whole = len(groups[0]["params"]) == len(state.shapes)
+    return [list(state.shapes)] if whole else None
 
 
 def _numbered(

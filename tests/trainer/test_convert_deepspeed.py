@@ -79,10 +79,14 @@ def write_plain(folder, order=tuple(SHAPES), precision=torch.bfloat16, flattened
         number: {"exp_avg": value + 1, "exp_avg_sq": value + 2, "step": torch.tensor(3.0)}
         for number, value in enumerate(kept)
     }
-    inner = {"state": state, "param_groups": [{"lr": 0.1, "params": list(range(len(order)))}]}
+    inner = {"state": state, "param_groups": [{"lr": 0.1, "params": list(state)}]}
     if names:
         inner["param_groups"][0]["param_names"] = names
-    optimizer = {"optimizer_state_dict": inner, "fp32_groups_flat": kept} if flattened else inner
+    optimizer = inner
+    if flattened:
+        optimizer = {"optimizer_state_dict": inner, "fp32_groups_flat": kept}
+    elif precision != torch.float32:
+        optimizer = {"optimizer_state_dict": inner, "fp32_groups": [kept]}
     folder.mkdir()
     module = {name: value.to(precision) for name, value in trained.items()}
     torch.save(model_states(module, optimizer=optimizer), folder / "mp_rank_00_model_states.pt")
@@ -131,12 +135,13 @@ def test_frozen_weights_without_zero_are_kept(tmp_path):
         convert(tmp_path / "numbered", tmp_path / "none", "fp32")
 
 
-def test_an_optimizer_in_another_order_than_the_model_is_refused(tmp_path):
+@pytest.mark.parametrize("flattened", [True, False])
+def test_an_optimizer_in_another_order_than_the_model_is_refused(tmp_path, flattened):
     """Layers of the same size would be swapped."""
-    expected = write_plain(tmp_path / "same")
+    expected = write_plain(tmp_path / "same", flattened=flattened)
     assert same(converted(tmp_path / "same", tmp_path / "out"), expected)
     convert(tmp_path / "same", tmp_path / "universal", "universal")
-    write_plain(tmp_path / "other", OTHER_ORDER)
+    write_plain(tmp_path / "other", OTHER_ORDER, flattened=flattened)
     for to in ("fp32", "universal"):
         with pytest.raises(UserError, match=r"in another order than the model: .* 'first' are others"):
             convert(tmp_path / "other", tmp_path / "none", to)
