@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from model.errors import UserError
 from trainer.saved_state import SavedState
-from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch
+from trainer.tensor_files import BLOCK_BYTES, WEIGHTS, SlicedTensors, Stretch, plain
 from trainer.torch_files import read_torch
 from trainer.zip_records import fingerprint
 
@@ -65,7 +67,7 @@ def read_native(folder: Path) -> SavedState:
         _buffers(first),
         _shared(first),
         step=int(first.get("global_steps", 0)),
-        common={name: first.get(name) for name in COMMON},
+        common=common(first),
         zipped=True,
     )
     _check_alike(models, first)
@@ -114,13 +116,19 @@ def _check_alike(models: list[Path], first: dict[str, Any]) -> None:
 def _check_ranks(folder: Path, models: list[Path], optimizers: list[Path], first: dict[str, Any]) -> None:
     """Each rank has left its files."""
     ranks = first["dp_world_size"]
-    expected = ranks if first["ds_config"]["zero_optimization"]["stage"] == 3 else 1
+    expected = 1 if _unpartitioned(models) else ranks
     for kind, found, count in (("model", models, expected), ("optimizer", optimizers, ranks)):
         if len(found) != count:
             raise UserError(
                 f"{folder} has {len(found)} files of {kind} states where {ranks} ranks have left {count}: some are "
                 "missing, or are of another checkpoint."
             )
+
+
+def _unpartitioned(models: list[Path]) -> bool:
+    """Whether one file has the whole model, as below ZeRO-3. Its name tells: `ds_config` may be a path or say less."""
+    found = MODEL.fullmatch(models[0].name)
+    return found is not None and found[1] is None
 
 
 def _shapes(first: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -172,7 +180,8 @@ def _add_zero(state: SavedState, models: list[Path], paths: list[Path], first: d
         if step != steps[paths[0]]:
             raise UserError(f"{path} is of update {step} and {paths[0].name} of {steps[paths[0]]}: two checkpoints.")
     _add_frozen(state, models, first)
-    state.groups = _settings(files[0].get("base_optimizer_state") or files[0][STATE])
+    base = files[0].get("base_optimizer_state") or files[0][STATE]
+    state.groups = settings(base["param_groups"])
     state.updates = steps[paths[0]]
 
 
@@ -239,8 +248,16 @@ def _kept(base: dict[str, Any], number: int, weights: Stretch, step: Any) -> tup
 
 
 def _add_frozen(state: SavedState, models: list[Path], first: dict[str, Any]) -> None:
-    """What the optimizer has no part in: whole in the first file, or cut among all of them under ZeRO-3."""
-    for name, shape in (first.get("frozen_param_shapes") or {}).items():
+    """What the optimizer has no part in: whole in the first file, or cut among all of them under ZeRO-3. ZeRO-1 keeps
+    it in the module alone."""
+    noted = first.get("frozen_param_shapes")
+    if noted is None and _unpartitioned(models):
+        known = {*state.shapes, *state.buffers, *state.shared}
+        for name, value in first["module"].items():
+            if name not in known and isinstance(value, Stretch):
+                state.shapes[name] = value.shape
+                state.tensors.add(WEIGHTS, name, 0, value)
+    for name, shape in (noted or {}).items():
         state.shapes[name] = tuple(shape)
         if len(models) == 1:
             state.tensors.add(WEIGHTS, name, 0, first["frozen_param_fragments"][name])
@@ -251,6 +268,8 @@ def _add_frozen(state: SavedState, models: list[Path], first: dict[str, Any]) ->
             count = min(left, part.count)
             state.tensors.add(WEIGHTS, name, rank * part.count, part.part(0, count))
             left -= count
+    # With exclude_frozen_parameters, tied ones are still listed.
+    state.shared = {name: source for name, source in state.shared.items() if source in state.shapes}
 
 
 # Without ZeRO
@@ -264,9 +283,9 @@ def _add_plain(state: SavedState, path: Path, first: dict[str, Any]) -> None:
     if optimizer is None:
         return
     inner = optimizer.get(STATE, optimizer)
-    names = _names(state, inner)
+    names = _names(state, optimizer, inner)
     rounded = "fp32_groups" in optimizer or "fp32_groups_flat" in optimizer
-    if names is None:
+    if names is None or not (rounded or _told(state, inner)):
         state.lacks = (
             f"{path} keeps the optimizer's state by number, in {len(inner['param_groups'])} groups: which parameter is "
             "which cannot be told. Save it under ZeRO, or give the optimizer model.named_parameters()."
@@ -274,26 +293,67 @@ def _add_plain(state: SavedState, path: Path, first: dict[str, Any]) -> None:
         if rounded:
             raise UserError(state.lacks)
         return
-    state.groups = _settings(inner)
-    if rounded:  # the module's weights are
-        state.tensors = SlicedTensors()
+    state.groups = settings(inner["param_groups"])
+    if rounded:  # the module's weights are, but for frozen ones
+        _keep_frozen(state, first, {name for members in names for name in members})
     for kind, name, stretch in _numbered(state, optimizer, inner, names):
         if kind == "step":
             state.updates = _value(stretch)
-        elif stretch.count != math.prod(state.shapes[name]):
+        elif stretch.shape not in (state.shapes[name], (math.prod(state.shapes[name]),)):
             raise UserError(
                 f"{path} keeps the optimizer's state in an order that is not its weights': {name!r} differs."
             )
         else:
             state.tensors.add(kind, name, 0, stretch.part(0, stretch.count))
+    if rounded and not _named(inner):
+        _check_order(state, path, first["module"])
 
 
-def _names(state: SavedState, inner: dict[str, Any]) -> list[list[str]] | None:
-    """The parameters of each group, in order; None where that cannot be told."""
-    groups = inner["param_groups"]
-    if all("param_names" in group for group in groups):
+def _named(inner: dict[str, Any]) -> bool:
+    return all("param_names" in group for group in inner["param_groups"])
+
+
+def _told(state: SavedState, inner: dict[str, Any]) -> bool:
+    """Whether it is certain without fp32 weights which parameter is which: they have names, or each its own shape."""
+    return _named(inner) or len(set(state.shapes.values())) == len(state.shapes)
+
+
+def _keep_frozen(state: SavedState, first: dict[str, Any], optimized: set[str]) -> None:
+    state.tensors = SlicedTensors()
+    for name in state.shapes.keys() - optimized:
+        state.tensors.add(WEIGHTS, name, 0, first["module"][name])
+
+
+def _check_order(state: SavedState, path: Path, module: dict[str, Stretch]) -> None:
+    """Where the order of the parameters is a guess: the fp32 weights must be what the module's were rounded from.
+    Raises UserError where they are not."""
+    for name, rounded in module.items():
+        most = BLOCK_BYTES // torch.float32.itemsize
+        for start in range(0, rounded.count if name in state.shapes else 0, most):
+            there = torch.empty(min(most, rounded.count - start), dtype=rounded.dtype)
+            rounded.read(start, there)
+            found = torch.empty(len(there))
+            state.tensors.read(WEIGHTS, name, start, found)
+            if not torch.equal(found.to(there.dtype).view(torch.uint8), there.view(torch.uint8)):
+                raise UserError(
+                    f"{path} is damaged, or its optimizer has the parameters in another order than the model: the fp32 "
+                    f"weights at the place of {name!r} are others. Save it under ZeRO, or give the optimizer "
+                    "model.named_parameters()."
+                )
+
+
+def _names(state: SavedState, optimizer: dict[str, Any], inner: dict[str, Any]) -> list[list[str]] | None:
+    """The parameters of each group, in order; None where that cannot be told, as where some of one group are frozen."""
+    groups, flat = inner["param_groups"], optimizer.get("fp32_groups_flat")
+    if _named(inner):
         return [list(group["param_names"]) for group in groups]
-    return [list(state.shapes)] if len(groups) == 1 else None
+    if len(groups) > 1:
+        return None
+    if flat is not None:  # in place of the group's parameters
+        whole = flat[0].count == sum(map(math.prod, state.shapes.values()))
+    else:
+        whole = len(groups[0]["params"]) == len(state.shapes)
+    return [list(state.shapes)] if whole else None
 
 
 def _numbered(
@@ -321,18 +381,16 @@ def _numbered(
             )
 
 
-def _settings(base: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of each group that are plain values."""
-    plain = (int, float, bool, str, type(None))
+def settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of each of the optimizer's groups that are plain values."""
     return [
-        {
-            key: value
-            for key, value in group.items()
-            if isinstance(value, plain) or (isinstance(value, list) and all(isinstance(one, plain) for one in value))
-            if key not in ("params", "param_names")
-        }
-        for group in base["param_groups"]
+        plain({key: value for key, value in group.items() if key not in ("params", "param_names")}) for group in groups
     ]
+
+
+def common(first: dict[str, Any]) -> dict[str, Any]:
+    """What an engine keeps beside the tensors, in plain values."""
+    return plain({name: first.get(name) for name in COMMON})
 
 
 def _value(step: Any) -> Any:

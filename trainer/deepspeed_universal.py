@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.errors import UserError
-from trainer.deepspeed_files import COMMON, STATE
+from trainer.deepspeed_files import STATE, common, settings
 from trainer.optimizer import AVERAGE
 from trainer.outputs import Output, text_output
 from trainer.saved_state import SavedState
@@ -75,9 +75,9 @@ def read_universal(folder: Path) -> SavedState:
     if updates is None and inner.get("state"):
         updates = inner["state"][0].get("step")
     state.updates = updates.item() if isinstance(updates, Stretch) else updates
-    state.groups = optimizer.get("param_groups") or []
+    state.groups = settings(optimizer.get("param_groups") or [])
     state.zipped = True
-    state.common = {name: first.get(name) for name in COMMON}
+    state.common = common(first)
     state.origin = {"wrote": f"deepspeed {first.get('ds_version')}", "step": state.step}
     return state
 
@@ -112,7 +112,7 @@ def universal_outputs(state: SavedState, report: Callable[[int], None]) -> list[
         if len(own) > 1:
             outputs.append(_plain(f"{tag}/{ZERO}/{name}/step.pt", _step(state)))
     outputs.append(_plain(f"{tag}/{ZERO}/{OPTIMIZER_STATE}", _optimizer_state(state)))
-    outputs += [_plain(f"{tag}/{name}", _model_states(state)) for name in MODEL_STATES]
+    outputs += [_models(state, f"{tag}/{name}", report) for name in MODEL_STATES]
     return [*outputs, text_output("latest_universal", tag)]
 
 
@@ -131,6 +131,18 @@ def _tensor(state: SavedState, kind: str, name: str, file: str, report: Callable
 
 def _plain(name: str, value: Any) -> Output:
     return Output(name, 0, lambda path: write_torch(path, value))
+
+
+def _models(state: SavedState, name: str, report: Callable[[int], None]) -> Output:
+    """Buffers are read when the file is written: only then is it known that there is room for them."""
+    nbytes = sum(stretch.nbytes for stretch in state.buffers.values())
+
+    def write(path: Path) -> dict[str, Any]:
+        described = write_torch(path, _model_states(state))
+        report(2 * nbytes)
+        return described
+
+    return Output(name, nbytes, write)
 
 
 def _step(state: SavedState) -> Any:

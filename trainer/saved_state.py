@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model import artifact
 from model.errors import UserError
-from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch
-from trainer.torch_files import CHECKERS, bytes_of, check_records
+from trainer.tensor_files import DTYPES, WEIGHTS, SlicedTensors, Stretch
+from trainer.torch_files import bytes_of, check_records, checkers
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -77,11 +77,14 @@ class SavedState:
                 )
 
     def whole_weights(self) -> Described:
-        """Type and shape of all that a model's state dict holds, those that take most bytes an element first."""
+        """Type and shape of all that a model's state dict holds, those that take most bytes an element first. Raises
+        UserError where a buffer's type is none that safetensors files are written with here."""
         names = {**{name: name for name in self.shapes}, **self.shared}
         found: Described = {name: (torch.float32, self.shapes[source]) for name, source in names.items()}
         for name, stretch in self.buffers.items():
             dtype = torch.float32 if stretch.dtype.is_floating_point else stretch.dtype
+            if str(dtype) not in DTYPES:
+                raise UserError(f"{stretch.path} holds {name!r} as {dtype}, which is not converted.")
             found[name] = (dtype, stretch.shape)
         return dict(sorted(found.items(), key=lambda entry: (-entry[1][0].itemsize, entry[0])))
 
@@ -106,12 +109,15 @@ class SavedState:
                 check_records(self._used(kinds), report)
             return
         whole, files = self.whole, self.whole.manifest["files"]
-        with ThreadPoolExecutor(CHECKERS) as threads:  # a digest does not hold Python's lock
-            found = threads.map(lambda number: artifact.problems(whole, share=(number, len(files))), range(len(files)))
-            for file, wrong in zip(files.values(), found, strict=True):
-                if wrong:
+        with checkers() as threads:
+            begun = {
+                threads.submit(artifact.problems, whole, share=(number, len(files))): file["bytes"]
+                for number, file in enumerate(files.values())
+            }
+            for done in as_completed(begun):
+                if wrong := done.result():
                     raise UserError(f"{wrong[0]}: {self.path} is damaged.")
-                report(file["bytes"])
+                report(begun[done])
 
     def _used(self, kinds: Iterable[str]) -> list[Stretch]:
         parts = [part for kind in kinds for found in self.tensors.of(kind).values() for part in found]

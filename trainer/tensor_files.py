@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,10 @@ NAMES = {name: getattr(torch, dtype.removeprefix("torch.")) for dtype, name in D
 BLOCK_BYTES = 16 << 20
 LARGEST_HEADER = 100_000_000
 """Bytes; the format allows no more."""
+
+NOT_PLAIN = object()
+UNKNOWN = re.compile(r"F[468](_\w+)?|C64|U(16|32|64)")
+"""Types of the safetensors format that are not read here."""
 
 Fill = Callable[[str, int, Tensor], None]
 """Fills a flat tensor with the elements of the tensor of that name, from a number on."""
@@ -83,8 +88,23 @@ class Stretch:
         return value.item()
 
 
+def plain(value: Any) -> Any:
+    """`value` with tensors of one element as numbers and without entries that are no plain values or containers of
+    these; NOT_PLAIN where nothing is left."""
+    if isinstance(value, Stretch):
+        return value.item() if value.count == 1 else NOT_PLAIN
+    if isinstance(value, dict):
+        found = {key: plain(item) for key, item in value.items()}
+        return {key: item for key, item in found.items() if item is not NOT_PLAIN}
+    if isinstance(value, list):
+        items = [plain(item) for item in value]
+        return NOT_PLAIN if any(item is NOT_PLAIN for item in items) else items
+    return value if isinstance(value, int | float | bool | str | None) else NOT_PLAIN
+
+
 def stretches(path: Path) -> dict[str, Stretch]:
-    """The tensors of a safetensors file, by name. Raises UserError where it is none, or not whole."""
+    """The tensors of a safetensors file, by name. Raises UserError where it is none, or not whole, or of a type that is
+    not known here."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -93,6 +113,9 @@ def stretches(path: Path) -> dict[str, Stretch]:
                 raise ValueError
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if UNKNOWN.fullmatch(entry["dtype"]):
+                raise UserError(f"{path} holds {name!r} as {entry['dtype']}, which is not read here.")
         found = {
             name: Stretch(path, 8 + length + entry["data_offsets"][0], NAMES[entry["dtype"]], tuple(entry["shape"]))
             for name, entry in header.items()
@@ -240,7 +263,9 @@ class SlicedTensors:
                 self.add(kind, name, int(start), stretch)
 
     def add(self, kind: str, name: str, start: int, stretch: Stretch) -> None:
-        """Says where the elements from `start` lie."""
+        """Says where the elements from `start` lie. Raises UserError where they are complex, which nothing here is."""
+        if stretch.dtype.is_complex:
+            raise UserError(f"{stretch.path} holds {name!r} as {stretch.dtype}, which is not converted.")
         slices = self._slices[kind, name]
         slices.append((start, stretch.count, stretch))
         slices.sort(key=lambda part: part[0])

@@ -7,11 +7,16 @@ is told as the stretch of the file in which it lies.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import pickle
+import shutil
+import threading
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,8 @@ CHECKERS = 4
 """Files whose checksums are compared at a time."""
 SMALL = 16
 """Bytes of a record that holds a single value."""
+HEADERS = 1 << 14
+"""Bytes that a file takes beside its tensors, at most, where it holds few."""
 STAND_INS: list[Any] = [
     (int, f"{DEEPSPEED}.zero.config.ZeroStageEnum"),
     (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
@@ -105,9 +112,31 @@ def _located(value: Any, path: Path, starts: dict[int, Record]) -> Any:
 def check_records(used: Iterable[Stretch], report: Callable[[int], None]) -> None:
     """Reads the records that hold `used` and compares their checksums; `report` hears of the bytes that were read.
     Raises UserError where one has changed since it was written."""
-    with ThreadPoolExecutor(CHECKERS) as threads:  # Python's lock is not held meanwhile
-        for done in [threads.submit(check, path, record, report) for record, path in _records_of(used)]:
+    stopped = threading.Event()
+
+    def reported(count: int) -> None:
+        if stopped.is_set():  # a record may be of many gigabytes
+            raise CancelledError
+        report(count)
+
+    with checkers(stopped) as threads:
+        for done in as_completed([threads.submit(check, path, record, reported) for record, path in _records_of(used)]):
             done.result()
+
+
+@contextlib.contextmanager
+def checkers(stopped: threading.Event | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read and digest, for which Python's lock is not held. When an exception comes, what they have not
+    begun is given up, and `stopped` is set."""
+    threads = ThreadPoolExecutor(CHECKERS)
+    try:
+        yield threads
+    except BaseException:
+        if stopped is not None:
+            stopped.set()
+        raise
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def bytes_of(used: Iterable[Stretch]) -> int:
@@ -130,12 +159,24 @@ def _records_of(used: Iterable[Stretch]) -> list[tuple[Record, Path]]:
 
 def write_torch(path: Path, value: Any) -> dict[str, Any]:
     """torch.save, synced and read back; returns the file's size and SHA-256 as a manifest has them. `value` is made of
-    tensors and plain containers. Raises OSError where the disk does not give back what it was given."""
-    torch.save(value, path)
+    tensors and plain containers. Raises OSError where the disk is full or does not give back what it was given."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # of a full disk torch only says that its position in the file is unexpected
+        if shutil.disk_usage(path.parent).free >= _nbytes(value) + HEADERS:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     artifact.sync(path)
     if not _same(torch.load(path, mmap=True, weights_only=True), value):
         raise OSError(f"{path} reads back as something else than was written: the disk is not to be trusted.")
     return {"bytes": path.stat().st_size, "sha256": artifact.file_digest(path)}
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return sum(map(_nbytes, items))
 
 
 def _same(found: Any, value: Any) -> bool:
