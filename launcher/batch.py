@@ -57,9 +57,10 @@ def run(
     found = origins(recipe)
     with RunFolder.opened(path, recipe) as folder:
         check_others(folder, recipe, backend.name)
-        states = state_of(folder.path, recipe, found)
+        jobs_there = living(folder, backend)
+        states = state_of(folder.path, recipe, found)  # later: what ends in between is seen as done, not as gone
         todo = plan_stages(states, only)
-        lives = living(folder, found, states, backend)
+        lives = still_wanted(folder, found, states, backend, jobs_there)
         new = [stage for stage in todo if stage.name not in lives]
         jobs = _checked(folder, recipe, found, new, backend, lives)
         folder.adopt(recipe)
@@ -78,30 +79,41 @@ def run(
     return wait_for(folder.path, backend, handles, console) if wait else 0
 
 
-def living(
-    folder: RunFolder, found: Mapping[str, Origin], states: Mapping[str, StageState], backend: BatchBackend
-) -> dict[str, str]:
-    """Handles of the jobs that an earlier command has submitted and that have not ended, by their stages. One that
-    waits for what nobody makes any more, since that was cancelled, is called off.
-
-    Raises UserError where one makes something else than what is asked for now.
-    """
+def living(folder: RunFolder, backend: BatchBackend) -> dict[str, str]:
+    """Handles of the jobs that an earlier command has submitted and that have not ended, by their stages."""
     handles: dict[str, str] = {}
-    problems = []
     listed = backend.listed()
-    for stage in stages.STAGES:
-        name, handle = stage.name, _noted(folder.entry(stage.name), backend)
+    for name in (stage.name for stage in stages.STAGES):
+        handle = _noted(folder.entry(name), backend)
         if handle is None and (handle := listed.get(name)) is not None:
             folder.record(name, state="waiting", error=None, job=handle, backend=backend.name)
             folder.state = read_state(folder.path)  # with what the job has said
-        if handle is None:
-            continue
-        entry = folder.entry(name)
-        never = any(not states[need].done and need not in handles for need in stage.needs)
+        if handle is not None:
+            handles[name] = handle
+    return handles
+
+
+def still_wanted(
+    folder: RunFolder,
+    found: Mapping[str, Origin],
+    states: Mapping[str, StageState],
+    backend: BatchBackend,
+    handles: Mapping[str, str],
+) -> dict[str, str]:
+    """Those of the living jobs that go on. One that waits for what nobody makes any more, since that was cancelled, is
+    called off.
+
+    Raises UserError where one makes something else than what is asked for now.
+    """
+    kept: dict[str, str] = {}
+    problems = []
+    for stage in (stage for stage in stages.STAGES if stage.name in handles):
+        name, handle, entry = stage.name, handles[stage.name], folder.entry(stage.name)
+        never = any(not states[need].done and need not in kept for need in stage.needs)
         if never and backend.joins and entry["state"] == "waiting":
             backend.cancel(handle)
             continue
-        handles[name] = handle
+        kept[name] = handle
         made_from = entry.get("made_from")
         if made_from is None or Origin(**made_from).fingerprint != found[name].fingerprint:
             problems.append(
@@ -110,7 +122,7 @@ def living(
             )
     if problems:
         raise UserError("\n".join(problems))
-    return handles
+    return kept
 
 
 def _noted(entry: Mapping[str, Any], backend: BatchBackend) -> str | None:
