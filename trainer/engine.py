@@ -101,6 +101,10 @@ class Engine:
         self.accumulation: int = settings["gradient_accumulation_steps"]
         groups = parameter_groups(model, model.config.transformer, config.learning_rate, config.weight_decay)
         self._optimizer = AdamW(groups, config.learning_rate, config.betas, config.clip, config.ema_decay, device())
+        weights_go_to = settings["zero_optimization"].get("offload_param", {}).get("device")
+        if config.precision == "fp32" and weights_go_to == "nvme":
+            # Left to itself, DeepSpeed would move fp32 weights in bf16 where the CPU cannot compute in fp16.
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         if self._engine.zero_optimization_stage() in (1, 2):
             # DeepSpeed looks for the state of all groups once the first has stepped, and never again.
