@@ -30,15 +30,21 @@ class Operations:
 
     def __init__(self, folder: Path, last: int, reading: bool = False) -> None:
         self.folder, self.last, self.reading = str(folder), last, reading
-        """Whether opening a file to read it counts too."""
+        """Whether opening a file to read it counts too, for the first time: its pieces are read one by one."""
         self.count = 0
+        self.read: set[str] = set()
         sys.addaudithook(self.heard)
 
     def heard(self, event: str, arguments: tuple) -> None:
         if event == "open":
             path, _, flags = arguments
-            if not isinstance(path, int) and (self.reading or flags & (os.O_WRONLY | os.O_RDWR)):
+            if isinstance(path, int):
+                return
+            if flags & (os.O_WRONLY | os.O_RDWR):
                 self.passed(os.fsdecode(path))
+            elif self.reading and (name := os.fsdecode(path)) not in self.read:
+                self.read.add(name)
+                self.passed(name)
         elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
             path, handle = os.fsdecode(arguments[0]), arguments[-1]
             if handle != -1 and not os.path.isabs(path):
@@ -93,23 +99,17 @@ def killed_in_save(run, rank, point):
 def killed_in_load(run, rank, point):
     """A job of which `rank` is killed before operation number `point` of its resume: reading, passing over, removing
     what an earlier kill has left."""
-    from trainer import tensor_files
     from trainer.training import Training
 
     if os.environ["RANK"] != str(rank):
         return job(run)
     operations = Operations(run / "coarse" / "checkpoints", point, reading=True)
 
-    def safe_open(path, **settings):  # which opens files without Python
-        operations.passed(str(path))
-        return original_open(path, **settings)
-
     def call(self, event, *arguments):
         if event == "on_start":  # it is loaded
             operations.stop()
         original_call(self, event, *arguments)
 
-    original_open, tensor_files.safe_open = tensor_files.safe_open, safe_open
     original_call, Training._call = Training._call, call
     return job(run)
 
