@@ -175,7 +175,7 @@ def test_killed_while_resuming(started, alone, table):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("rank", "least"), [(0, 25), (1, 6)])
+@pytest.mark.parametrize(("rank", "least"), [(0, 25), (1, 5)])
 def test_killed_at_every_operation_of_a_resume(started, alone, table, rank, least):
     run = started(8)
     kind = f"SIGKILL of rank {rank} in a resume"
@@ -191,7 +191,7 @@ def test_killed_at_every_operation_of_a_resume_by_other_ranks(started, tmp_path,
     unkilled = shutil.copytree(run, tmp_path / "unkilled" / "run")
     finish(unkilled, ranks)
     kind = f"SIGKILL of rank {rank} of {ranks} in a resume of 2"
-    assert killed_while_resuming(run, rank, ranks, kind, table, itertools.count()) >= 6
+    assert killed_while_resuming(run, rank, ranks, kind, table, itertools.count()) >= 4
     same(run, unkilled)
 
 
