@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from fake_runs import wait_for
 
 from launcher import job
+from launcher.backends import Job, direct
+from launcher.graph import stage_named
 from launcher.guard import END, SAVE
 from launcher.job import UNREACHABLE, Node, supervise
-from launcher.job_record import alive, handle_of
+from launcher.job_record import alive, handle_of, read_job
+from launcher.placement import Part
+from launcher.recipe import load_recipe
 from trainer.exit_codes import HUNG, SAVED
 
 GUARD = """
@@ -99,14 +107,31 @@ def test_a_supervisor_is_known_again_when_the_clock_is_set():
     assert not alive(f"{name}-{int(ticks) - 1}")
 
 
-def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():
-    """As on a host that is cut off, whose ssh connection does not close."""
-    task = '{"command": ["sleep", "100"], "folder": "/", "environment": {}, "sharers": 1, "lease": 1.0}\n'
+def test_a_job_that_was_just_started_is_known_to_be_there(tmp_path, monkeypatch):
+    """On another machine that is all there is to see of it before its supervisor has said anything."""
+    monkeypatch.setattr(
+        direct.subprocess, "Popen", lambda *_, **__: SimpleNamespace(pid=os.getpid(), stdin=io.BytesIO())
+    )
+    handle = direct.Direct(tmp_path).submit(
+        Job(tmp_path, load_recipe("quickstart"), stage_named("corpus"), (Part("localhost", (0,), 1),))
+    )
+    assert read_job(tmp_path, "corpus") == {"job": handle}
+
+
+@contextlib.contextmanager
+def guarding(lease):
+    """A guard, and the process that it has started."""
+    task = {"command": ["sleep", "100"], "folder": "/", "environment": {}, "sharers": 1, "lease": lease}
     command = [sys.executable, "-m", "launcher.guard"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as guard:
-        guard.stdin.write(task)
+        guard.stdin.write(json.dumps(task) + "\n")
         guard.stdin.flush()
-        child = command_of(guard)
+        yield guard, command_of(guard)
+
+
+def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():
+    """As on a host that is cut off, whose ssh connection does not close."""
+    with guarding(lease=1.0) as (guard, child):
         for _ in range(8):  # longer than the lease
             guard.stdin.write(".")
             guard.stdin.flush()
@@ -118,12 +143,7 @@ def test_a_guard_whose_supervisor_is_silent_ends_all_it_has_started():
 
 def test_a_guard_that_is_killed_leaves_nothing_running():
     """As by a kernel that is out of memory."""
-    task = '{"command": ["sleep", "100"], "folder": "/", "environment": {}, "sharers": 1, "lease": null}\n'
-    command = [sys.executable, "-m", "launcher.guard"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as guard:
-        guard.stdin.write(task)
-        guard.stdin.flush()
-        child = command_of(guard)
+    with guarding(lease=None) as (guard, child):
         guard.kill()
         guard.wait(30)
         wait_for(lambda: ended(child))

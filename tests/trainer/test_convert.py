@@ -345,11 +345,6 @@ def test_two_conversions_into_one_folder_do_not_meet(ours, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_weights_of_8_bits_are_refused(tmp_path):
-    save_file({"transformer.q.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "coarse.safetensors")
-    assert "export the bundle without --int8" in refusal(tmp_path / "coarse.safetensors", tmp_path / "out")
-
-
 def test_too_little_disk_is_said_before_the_first_byte(ours, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     assert ": make room, or name a folder" in refusal(ours, tmp_path / "new" / "out")

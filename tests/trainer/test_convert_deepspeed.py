@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints in forms that Stretto's trainings do not write, here made by hand."""
+"""Weights in forms that Stretto's trainings do not write, most of them DeepSpeed's, here made by hand."""
 
 from __future__ import annotations
 
@@ -310,3 +310,9 @@ def test_a_damaged_record_ends_the_check_of_the_rest(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is damaged"):
         state.check(["weights"], blocks.append)
     assert len(blocks) < 100
+
+
+def test_weights_of_8_bits_are_refused(tmp_path):
+    save_file({"transformer.q.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "coarse.safetensors")
+    with pytest.raises(UserError, match="export the bundle without --int8"):
+        convert(tmp_path / "coarse.safetensors", tmp_path / "out", "fp32")
