@@ -109,6 +109,7 @@ def held(folder: Path) -> int:
 def rewrite_small(tokens: Path) -> None:
     """The same records, each four times, in shards of about five, hashed as a tokenising to a bucket writes them."""
     found = artifact.read(tokens)
+    counts = {}
     for split in ("train", "validation"):
         once = first_records(tokens / split, 10_000)
         records = [{**one, "id": f"{one['id']}-{copy}"} for copy in range(4) for one in once]
@@ -122,8 +123,9 @@ def rewrite_small(tokens: Path) -> None:
                 writer.write(one)
         columns = {"seconds": [SECONDS] * len(records)}
         (tokens / split / "columns.json").write_text(json.dumps(columns))
+        counts[split] = len(records)
     (tokens / artifact.MANIFEST).unlink()
-    artifact.write_manifest(tokens, "tokens", found.fingerprint, {}, found.info)
+    artifact.write_manifest(tokens, "tokens", found.fingerprint, {}, {**found.info, "records": counts})
 
 
 def validation_bytes(tokens: Path) -> int:

@@ -121,5 +121,5 @@ def test_a_pretrained_codec_may_lie_elsewhere_on_this_machine(bundle, tmp_path):
     pipeline = MusicPipeline.load(copy, "cpu", weights={"codec": str(place)})
     assert pipeline.generate(["a slow flute"], seconds=0.2).waveform.shape == (1, 5 * 320)
     save_encodec(tmp_path / "other", stereo=True)
-    with pytest.raises(UserError, match="is not the one"):
+    with pytest.raises(UserError, match="are not those that"):
         MusicPipeline.load(copy, "cpu", weights={"codec": str(tmp_path / "other")})
