@@ -25,8 +25,3 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made 
 def one_of(name: str, names: tuple[str, ...], purpose: str) -> None:
     if name not in names:
         raise UserError(f"there is nothing called {name!r} {purpose}.{nearest(name, names)} Choose {', '.join(names)}.")
-
-
-def require_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name a new folder, so that nothing is overwritten.")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data.processes import fail, plain_errors
 from launcher import weights_commands
-from launcher.arguments import Overrides, RecipeName, RunOption, RunPath, one_of, require_new
+from launcher.arguments import Overrides, RecipeName, RunOption, RunPath, one_of
 from model.errors import UserError
 
 INTERRUPTED = 130
@@ -219,13 +219,14 @@ def corpus(
     """Synthesise the built-in corpus: clips of music with captions and known attributes."""
     from data.builtin import write_corpus
     from data.config import DataConfig
+    from data.new_folder import making
     from launcher.display import ConsoleProgress
     from model import artifact
 
-    require_new(folder)
     config = DataConfig(clips=clips)
     fingerprint = artifact.fingerprint("corpus", config.model_dump(mode="json"), seed)
     with (
+        making(folder),
         ConsoleProgress(Console(stderr=True)) as progress,
         artifact.create(folder, "corpus", fingerprint) as (partial, info),
     ):

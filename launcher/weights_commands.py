@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launcher.arguments import BY_STAGE, RunPath, require_new
+from launcher.arguments import BY_STAGE, RunPath
 
 
 def export(
@@ -31,6 +31,7 @@ def export(
     from dataclasses import replace
     from functools import partial
 
+    from data.new_folder import making
     from launcher.display import ConsoleProgress
     from launcher.graph import origins
     from launcher.recipe import read_run_recipe
@@ -38,11 +39,10 @@ def export(
     from launcher.worker import build
     from trainer.export import ExportOptions
 
-    require_new(output)
     origin = origins(read_run_recipe(run))["bundle"]
     options = ExportOptions(dtype, int8, average, last)
     origin = replace(origin, keys={**origin.keys, **options.changes})
-    with ConsoleProgress(Console(stderr=True)) as progress:
+    with making(output), ConsoleProgress(Console(stderr=True)) as progress:
         build(run, origin, progress, output, partial(bundle, options=options))
     print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
 
@@ -134,11 +134,13 @@ def export_transformers(
     A stage that a stock Llama or Qwen3 computes becomes one; any other goes with a modelling file of its own, for
     trust_remote_code.
     """
+    from data.new_folder import making
     from launcher.generate import find_bundle
     from model.stock.export import export_stage
 
-    require_new(output)
-    made = export_stage(find_bundle(bundle), stage, output)
+    found = find_bundle(bundle)
+    with making(output):
+        made = export_stage(found, stage, output)
     print(f"{output}: a {made.architecture}, whose logits are the bundle's within {made.difference:.1g}.")
 
 
@@ -153,11 +155,13 @@ def import_transformers(
     The checkpoint is one that `stretto export-transformers` wrote and that was trained further: its ids and shapes must
     be those of the bundle. Only safetensors are read.
     """
+    from data.new_folder import making
     from launcher.generate import find_bundle
     from model.stock.importing import import_stage
 
-    require_new(output)
-    import_stage(checkpoint, find_bundle(bundle), stage, output)
+    found = find_bundle(bundle)
+    with making(output):
+        import_stage(checkpoint, found, stage, output)
     print(f'{output}: a bundle. Try: stretto generate {output} "a slow flute" -o out.wav')
 
 
@@ -174,8 +178,9 @@ def import_quantizers(
 
     A recipe uses them with quantizers.semantic.centroids=OUT and quantizers.conditioning.centroids=OUT.
     """
+    from data.new_folder import making
     from launcher.importing import import_from_predecessor
 
-    require_new(output)
-    for line in import_from_predecessor({"conditioning": conditioning, "semantic": semantic}, output):
-        print(line)
+    with making(output):
+        for line in import_from_predecessor({"conditioning": conditioning, "semantic": semantic}, output):
+            print(line)

@@ -116,9 +116,11 @@ def create(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Builds the artifact `path`: yields a partial folder to fill and the `info` mapping of its manifest.
 
-    On a clean exit the folder is digested, synced and renamed to `path`, replacing what stood there. On an error the
-    partial folder is removed and `path` stays as it was. `inputs` maps the artifacts it was made from to fingerprints.
+    On a clean exit the folder is digested, synced and renamed to `path`, replacing what stood there at the beginning.
+    On an error the partial folder is removed and `path` stays as it was. `inputs` maps the artifacts it was made from
+    to fingerprints. Raises UserError where `path` was free at the beginning and is not at the end.
     """
+    was_occupied = occupied(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -126,6 +128,8 @@ def create(
     try:
         yield partial, info
         write_manifest(partial, kind, fingerprint, inputs, info)
+        if not was_occupied and occupied(path):
+            raise UserError(f"{path} was not there when this began, and is now: it is not overwritten. Try again.")
         replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -217,6 +221,11 @@ def seal(
     }
     write_json(folder / MANIFEST, manifest)
     sync(folder)
+
+
+def occupied(path: Path) -> bool:
+    """Whether there is something at `path` that is more than an empty folder."""
+    return os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
 
 
 def replace_folder(new: Path, path: Path) -> None:

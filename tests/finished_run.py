@@ -95,9 +95,7 @@ def make_finished_stage(
         weights = dict(sorted(random_stage(config, quantizers, setup.fields).named_parameters()))
         weights = {key: value.detach() for key, value in weights.items()}
         means = {key: value / 2 for key, value in weights.items()} if average else {}
-        save_checkpoint(
-            folder / "checkpoints" / checkpoint_folder.step_name(step), step, setup.identity, weights, means
-        )
+        save_checkpoint(folder / "checkpoints" / checkpoint_folder.step_name(step), step, setup, weights, means)
     write_tensors(folder / WEIGHTS, weights)
     if average:
         write_tensors(folder / AVERAGE_WEIGHTS, means)
@@ -112,7 +110,7 @@ def make_finished_stage(
 def save_checkpoint(
     folder: Path,
     step: int,
-    identity: dict[str, str],
+    setup: StageSetup,
     weights: dict[str, torch.Tensor],
     means: dict[str, torch.Tensor],
 ) -> None:
@@ -127,4 +125,14 @@ def save_checkpoint(
                 held[slice_name(kind, key, first)] = value.flatten()[first:last].clone()
         file = checkpoint_folder.rank_file(rank)
         files[file] = write_tensors(folder / file, held)
-    checkpoint_folder.seal(folder, identity, {"step": step, "world_size": RANKS}, files)
+    state = {"step": step, "updates": step, "consumed": {"windows": step, "tokens": step}}
+    (folder / checkpoint_folder.STATE).write_text(json.dumps(state))
+    info = {
+        "step": step,
+        "world_size": RANKS,
+        "shapes": {key: list(value.shape) for key, value in weights.items()},
+        "config": setup.config.model_dump(mode="json"),
+        "versions": {"deepspeed": "0"},
+    }
+    files |= artifact.describe_files(folder, [checkpoint_folder.STATE])
+    checkpoint_folder.seal(folder, setup.identity, info, files)

@@ -6,17 +6,15 @@ that was interrupted goes on with the files that are finished, and ends with the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.lock import locked
+from data.new_folder import making, require_new
 from data.progress import Progress
 from model import artifact
 from model.errors import UserError, nearest
@@ -56,7 +54,7 @@ def convert(
     fingerprint = artifact.fingerprint("convert", to, average, largest_file, state.fingerprint)
     if _finished(output, fingerprint):
         return artifact.read(output).info
-    _require_new(output)
+    require_new(output)
     done = _Bytes(progress or Progress())
     outputs = (
         universal_outputs(state, done.add) if to == "universal" else _fp32(state, kinds[0], largest_file, done.add)
@@ -66,7 +64,7 @@ def convert(
     done.total = state.bytes_to_check(kinds) + 2 * sum(one.nbytes for one in left)
     state.check(kinds, done.add)
     inputs = {"checkpoint": state.fingerprint}
-    with _alone(output), artifact.resume(output, FORMATS[to], fingerprint, inputs, _still_new(output)) as made:
+    with making(output), artifact.resume(output, FORMATS[to], fingerprint, inputs, _still_new(output)) as made:
         folder, info, files = made
         files.update(journal(folder))
         for one in left:
@@ -154,22 +152,6 @@ def _finished(output: Path, fingerprint: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Raises UserError where another conversion makes `output` at this moment: they would write to the same files."""
-    place = output.with_name(f".{output.name}.lock")
-    place.mkdir(parents=True, exist_ok=True)
-    with locked(place):
-        _require_new(output)  # it may have been made while this one was getting ready
-        yield
-        shutil.rmtree(place)
-
-
 def _still_new(output: Path) -> Callable[[Path], None]:
     """Nothing that was put there meanwhile is replaced."""
-    return lambda folder: _require_new(output)
-
-
-def _require_new(output: Path) -> None:
-    if os.path.lexists(output):
-        raise UserError(f"{output} is there already: name a new folder, so that nothing is overwritten.")
+    return lambda folder: require_new(output)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.errors import UserError
-from trainer.deepspeed_files import STATE, common, settings
+from trainer.deepspeed_optimizer import STATE, common, settings
 from trainer.optimizer import AVERAGE
 from trainer.outputs import Output, text_output
 from trainer.saved_state import SavedState

@@ -84,7 +84,7 @@ def initialise_from(engine: Engine, path: Path, folder: Path, beat: Callable[[],
         [problem for problem in engine.gather(said(lambda: opened.append(open_saved(path)), folder)) if problem]
     )
     state, shapes = opened[0], engine.shapes
-    there = artifact.fingerprint(state.whole.fingerprint if state.whole else list(state.shapes.items()))
+    there = artifact.fingerprint(state.whole.manifest if state.whole else list(state.shapes.items()))
     if len(set(engine.gather(there))) > 1:
         raise UserError(f"train.init_from: {path} is not the same on all hosts: put it on a disk that they share.")
 

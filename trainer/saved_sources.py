@@ -18,7 +18,7 @@ from trainer.optimizer import AVERAGE
 from trainer.saved_state import SavedState
 from trainer.setup import AVERAGE_WEIGHTS, StageSetup
 from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch, stretches
-from trainer.weights_kinds import CONVERTED, INDEX, SINGLE, UNIVERSAL, weights_fingerprint
+from trainer.weights_kinds import CONVERTED, INDEX, SINGLE, UNIVERSAL, noted, tagged, weights_fingerprint
 
 NOT_KNOWN = (
     "holds no weights that are known here: name a checkpoint (RUN/STAGE/checkpoints/step-…, or one of DeepSpeed's), a "
@@ -33,17 +33,22 @@ def open_saved(path: Path) -> SavedState:
     checkpoints, or a format is newer than this version.
     """
     if path.is_file() and path.suffix == ".safetensors":
-        return _weights(path, [path])
+        state = _weights(path, [path])
+        state.whole = noted(path)
+        return state
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if (path / artifact.MANIFEST).is_file():
         return _artifact(artifact.read(path))
+    # What is exact comes first: transformers' trainer puts weights of 16 bits beside the checkpoint of its engine.
+    folder = tagged(path) if path.is_dir() else path
+    if folder != path:
+        return _deepspeed(folder)
     if (path / INDEX).is_file() or (path / SINGLE).is_file():
-        return _weights(path, _listed(path))
+        return _listed(path)
     steps = steps_in(path) or steps_in(path / "checkpoints")
     if steps:
         raise UserError(f"{path} holds several checkpoints: name one of them, such as {step_name(steps[0])}.")
-    folder = deepspeed_files.tagged(path) if path.is_dir() else path
     if deepspeed_universal.is_universal(folder) or deepspeed_files.is_deepspeed(folder):
         return _deepspeed(folder)
     raise UserError(f"{path} {NOT_KNOWN}")
@@ -54,9 +59,9 @@ def _artifact(found: Artifact) -> SavedState:
         return _checkpoint(checkpoint_folder.read(found.path))
     _require_whole(found)
     if found.kind == UNIVERSAL:
-        state = _deepspeed(deepspeed_files.tagged(found.path))
+        state = _deepspeed(tagged(found.path))
     elif found.kind == CONVERTED:
-        state = _weights(found.path, _listed(found.path))
+        state = _listed(found.path)
         state.origin = found.info["source"]
         state.step = state.origin.get("step", 0)
     elif found.kind == setup.KIND:
@@ -68,7 +73,7 @@ def _artifact(found: Artifact) -> SavedState:
                 state.tensors.add(AVERAGE, name, 0, stretch)
     else:
         raise UserError(f"{found.path} is of kind {found.kind!r} and {NOT_KNOWN}")
-    state.whole = found
+    state.whole, state.identify = found, lambda: found.fingerprint
     return state
 
 
@@ -129,18 +134,23 @@ def _shapes(found: Artifact) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _listed(folder: Path) -> list[Path]:
-    """The files of a model in safetensors, as transformers lays them out."""
+def _listed(folder: Path) -> SavedState:
+    """The weights of a model in safetensors, as transformers lays them out."""
     if not (folder / INDEX).is_file():
-        return [folder / SINGLE]
+        return _weights(folder, [folder / SINGLE])
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        places = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        names = sorted(set(places.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder / INDEX} is damaged: it does not list files.") from None
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
             raise UserError(f"{folder / INDEX} lists {name!r}, which is no file beside it.")
-    return [folder / name for name in names]
+    state = _weights(folder, [folder / name for name in names])
+    for tensor, name in places.items():
+        if tensor not in state.shapes and tensor not in state.buffers:
+            raise UserError(f"{folder / name} lacks {tensor!r}, which {INDEX} says it holds: it is of another model.")
+    return state
 
 
 def _weights(path: Path, files: list[Path]) -> SavedState:

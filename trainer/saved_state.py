@@ -31,7 +31,7 @@ class SavedState:
     what: str
     """In words."""
     identify: Callable[[], str]
-    """Gives what changes with any of it, for which all may have to be read."""
+    """Gives what changes with any of it, for which all may have to be read where no manifest tells."""
     tensors: SlicedTensors
     shapes: dict[str, tuple[int, ...]]
     """Of the parameters, which are fp32 or are made so."""
@@ -48,7 +48,7 @@ class SavedState:
     origin: dict[str, Any] = field(default_factory=dict)
     """What a manifest is to say of it."""
     whole: artifact.Artifact | None = None
-    """Its own manifest, with digests, where it has one."""
+    """The manifest with the digests of its files, where there is one."""
     lacks: str = ""
     """Why there is no optimizer's state, where there should be one."""
     zipped: bool = False
@@ -57,7 +57,7 @@ class SavedState:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any of it."""
-        return self.whole.fingerprint if self.whole is not None else self.identify()
+        return self.identify()
 
     @property
     def kinds(self) -> list[str]:
@@ -95,13 +95,19 @@ class SavedState:
         else:
             self.tensors.read(kind, self.shared.get(name, name), start, target)
 
+    def read(self, kind: str, name: str) -> Tensor:
+        """A parameter whole, or what else `kind` says of it, fp32."""
+        value = torch.empty(self.shapes[name])
+        self.tensors.read(kind, name, 0, value.view(-1))
+        return value
+
     def bytes_to_check(self, kinds: Iterable[str]) -> int:
         """That `check` reads."""
         if self.whole is not None:
             return sum(file["bytes"] for file in self.whole.manifest["files"].values())
         return bytes_of(self._used(kinds)) if self.zipped else 0
 
-    def check(self, kinds: Iterable[str], report: Callable[[int], None]) -> None:
+    def check(self, kinds: Iterable[str], report: Callable[[int], None] = lambda count: None) -> None:
         """Reads what is to be used and compares it with the digests or checksums that were noted when it was written;
         `report` hears of the bytes. Raises UserError that names what is damaged."""
         if self.whole is None:

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from model import artifact
 from model.errors import UserError
 from model.stage import StageTransformer
-from trainer import checkpoint_folder, tensor_files
+from trainer import checkpoint_folder
+from trainer.saved_sources import open_saved
 from trainer.setup import KIND, WEIGHTS, StageSetup
-from trainer.stage_weights import saved_tensors, whole
+from trainer.tensor_files import WEIGHTS as TRAINED
 
 
 def trained_stage(run: Path, name: str) -> StageTransformer | None:
@@ -31,9 +32,8 @@ def trained_stage(run: Path, name: str) -> StageTransformer | None:
         if finished:
             stage.load_state_dict(load_file(folder / WEIGHTS))
         else:
-            tensors, kind = saved_tensors(found), tensor_files.WEIGHTS
-            saved = {key: whole(tensors, kind, key, value.shape) for key, value in stage.named_parameters()}
-            stage.load_state_dict(saved)
+            saved = open_saved(found.path)
+            stage.load_state_dict({key: saved.read(TRAINED, key) for key in saved.shapes})
     except (UserError, FileNotFoundError):  # that stage may start over or be moved away at this moment
         return None
     return stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 from model import artifact
@@ -15,19 +15,25 @@ UNIVERSAL = "universal"
 """Of `--to universal`."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names that transformers gives to a model's weights: one file, or the list of several."""
+LATEST = "latest"
+"""The file that names the newest checkpoint in a folder of DeepSpeed's."""
 
 
 def weights_fingerprint(path: Path) -> str:
     """Changes with the weights at `path`, wherever that lies. Reads little where a manifest tells; else all of it.
     Raises UserError where there is nothing."""
     if path.is_file():
-        return artifact.fingerprint(_noted(path) or artifact.file_digest(path))
+        known = noted(path)
+        return artifact.fingerprint(
+            known.manifest["files"][path.name]["sha256"] if known else artifact.file_digest(path)
+        )
     if (path / artifact.MANIFEST).is_file():
         return artifact.read(path).fingerprint
     if not path.is_dir():
         raise UserError(f"{path} does not exist.")
-    files = sorted(file for pattern in ("*.safetensors", INDEX, "latest*") for file in path.glob(pattern))
-    zipped = sorted(path.glob("**/*.pt"))
+    folder = tagged(path)
+    files = sorted(file for pattern in ("*.safetensors", INDEX) for file in folder.glob(pattern))
+    zipped = sorted(folder.glob("**/*.pt"))
     if not files and not zipped:
         raise UserError(f"{path} holds no weights.")
     return artifact.fingerprint(
@@ -35,9 +41,22 @@ def weights_fingerprint(path: Path) -> str:
     )
 
 
-def _noted(path: Path) -> str | None:
-    """The digest of a file that the manifest beside it has, such as a bundle's."""
-    try:
-        return json.loads((path.parent / artifact.MANIFEST).read_text())["files"][path.name]["sha256"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+def tagged(folder: Path) -> Path:
+    """The checkpoint that a folder of DeepSpeed's names as its latest, or the folder itself."""
+    for pointer in (LATEST, "latest_universal"):
+        if (folder / pointer).is_file():
+            tag = (folder / pointer).read_text(errors="replace").strip()
+            if not re.fullmatch(r"[\w.-]+", tag) or set(tag) == {"."} or not (folder / tag).is_dir():
+                raise UserError(f"{folder / pointer} names {tag[:60]!r}, which is no folder beside it.")
+            return folder / tag
+    return folder
+
+
+def noted(path: Path) -> artifact.Artifact | None:
+    """What the manifest beside `path`, such as a bundle's, says of this file alone; None where it is part of no
+    artifact. Raises UserError where that manifest is damaged or of a later version."""
+    if not (path.parent / artifact.MANIFEST).is_file():
         return None
+    found = artifact.read(path.parent)
+    files = {name: file for name, file in found.manifest["files"].items() if name == path.name}
+    return artifact.Artifact(found.path, {**found.manifest, "files": files}) if files else None

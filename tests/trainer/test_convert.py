@@ -20,7 +20,7 @@ from model import artifact
 from model.errors import UserError
 from trainer import convert as conversion
 from trainer.convert import convert
-from trainer.deepspeed_files import tagged
+from trainer.weights_kinds import tagged
 
 cells = pytest.mark.parametrize(("zero", "ranks", "precision"), CELLS)
 
@@ -139,6 +139,16 @@ def test_large_weights_are_split_as_transformers_reads_them(run, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     convert(tmp_path / "fp32", tmp_path / "one", "fp32")
     assert load_file(tmp_path / "one" / "model.safetensors").keys() == expected.keys()
+
+
+def test_the_engines_checkpoint_is_taken_where_rounded_weights_lie_beside_it(run, tmp_path):
+    """As transformers' trainer lays them out."""
+    folder = shutil.copytree(run / "native", tmp_path / "native")
+    expected = load_file(run / "coarse" / "model.safetensors")
+    save_file({name: value.bfloat16() for name, value in expected.items()}, folder / "model.safetensors")
+    convert(folder, tmp_path / "fp32", "fp32")
+    found = load_file(tmp_path / "fp32" / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # What goes wrong
@@ -306,12 +316,36 @@ def test_a_parameter_that_is_called_like_a_path_writes_nothing_elsewhere(native,
         universal_outputs(state, lambda count: None)
 
 
+def test_a_changed_file_of_a_bundle_is_refused(run, tmp_path):
+    """By the manifest beside it, also where only that file is named."""
+    copy = shutil.copytree(run / "coarse", tmp_path / "coarse", ignore=shutil.ignore_patterns("checkpoints"))
+    convert(copy / "model.safetensors", tmp_path / "whole", "fp32")
+    flip(copy / "model.safetensors", -1)
+    assert "has changed: its digest is not the one" in refusal(copy / "model.safetensors", tmp_path / "out")
+
+
+def test_weights_that_are_listed_and_are_not_there_are_named(run, tmp_path):
+    copy = tmp_path / "copy"
+    convert(saved(run), copy, "fp32", largest_file=50_000)
+    (copy / "manifest.json").unlink()
+    index = copy / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    name = said["weight_map"]["embedding.weight"]
+    said["weight_map"]["another.weight"] = name
+    index.write_text(json.dumps(said))
+    assert f"{copy / name} lacks 'another.weight'" in refusal(copy, tmp_path / "out")
+
+
 def test_what_is_there_is_not_overwritten(ours, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
+    (out / "something").touch()
     with pytest.raises(UserError, match="is there already"):
         convert(ours, out, "fp32")
-    assert not any(out.iterdir())
+    assert [path.name for path in out.iterdir()] == ["something"]
+    (out / "something").unlink()
+    convert(ours, out, "fp32")  # an empty folder is as good as none
+    assert not artifact.problems(artifact.read(out))
 
 
 def test_what_is_made_meanwhile_is_not_replaced(ours, tmp_path, monkeypatch):

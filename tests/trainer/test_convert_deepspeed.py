@@ -16,8 +16,8 @@ from model import artifact
 from model.errors import UserError
 from trainer import outputs, torch_files
 from trainer.convert import convert
-from trainer.deepspeed_files import tagged
 from trainer.saved_sources import open_saved
+from trainer.weights_kinds import tagged
 
 SHAPES = {"first": (2, 3), "second": (2, 3), "bias": (3,)}
 OTHER_ORDER = ("second", "first", "bias")

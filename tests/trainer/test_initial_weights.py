@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 from conversions import SETTINGS, SMALL, STEP, train_and_save
@@ -9,6 +12,7 @@ from ranks import run_ranks, start_ranks
 from safetensors.torch import load_file, save_file
 from training_runs import change, holdings, job, log_of, make_run, reload, rows
 
+from model import artifact
 from trainer.convert import convert
 from trainer.initial_weights import Matched
 from trainer.saved_sources import open_saved
@@ -101,6 +105,26 @@ def test_weights_of_something_else_are_an_error(tmp_path):
     assert "layer.weight" in said
     change(run, init_from=str(tmp_path / "none"))
     assert f"{tmp_path / 'none'} does not exist" in refused(run, tmp_path)
+
+
+def job_on_a_host_of_its_own(run, hosts):
+    """Each rank works in another folder, by way of which it sees other disks than the next one."""
+    os.chdir(hosts / os.environ["RANK"])
+    return job(run)
+
+
+def test_hosts_that_see_other_weights_are_an_error(trained, tmp_path):
+    for rank, weights in enumerate((expected(trained), {name: value + 1 for name, value in expected(trained).items()})):
+        folder = tmp_path / str(rank) / "stage"
+        shutil.copytree(trained / "run" / "coarse", folder, ignore=shutil.ignore_patterns("checkpoints", "logs"))
+        save_file(weights, folder / "model.safetensors")
+        found = artifact.read(folder)
+        files = artifact.describe_files(folder, found.manifest["files"])
+        artifact.seal(folder, found.kind, f"made by {rank}", found.manifest["inputs"], found.info, files)
+    run = make_run(tmp_path / "run", SMALL, **SETTINGS, init_from="/proc/self/cwd/stage")
+    started = start_ranks(job_on_a_host_of_its_own, 2, tmp_path / "log", run, tmp_path)
+    assert started.wait() == [2, 2], started.output()
+    assert "/proc/self/cwd/stage is not the same on all hosts: put it on a disk that they share" in started.output()
 
 
 def test_a_training_that_goes_on_does_not_look_at_them(trained, tmp_path):

@@ -1,0 +1,59 @@
+"""Folders that commands make for their users."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from data.new_folder import making
+from model import artifact
+from model.errors import UserError
+
+
+def test_two_that_make_one_folder_do_not_meet(tmp_path):
+    out = tmp_path / "new" / "out"
+    with making(out):
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"), making(out):
+            pass
+        with artifact.create(out, "small", "f"):
+            pass
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="is there already"), making(out):
+        pass
+
+
+def test_what_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
+    for _ in range(2):
+        with (
+            pytest.raises(ZeroDivisionError),
+            making(tmp_path / "out"),
+            artifact.create(tmp_path / "out", "small", "f"),
+        ):
+            raise ZeroDivisionError
+        assert not any(tmp_path.iterdir())
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(UserError, match="was not there when this began"),
+        artifact.create(out, "small", "f"),
+    ):
+        out.mkdir()
+        (out / "another's").touch()
+    assert [path.name for path in out.iterdir()] == ["another's"]
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    (tmp_path / "out").mkdir()
+    with making(tmp_path / "out"), artifact.create(tmp_path / "out", "small", "f"):
+        pass
+    assert artifact.read(tmp_path / "out").kind == "small"
+
+
+@pytest.mark.parametrize("name", ["..", "/"])
+def test_what_is_no_name_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no name for a new folder"), making(tmp_path.__class__(name)):
+        pass
