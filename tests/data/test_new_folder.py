@@ -36,12 +36,12 @@ def test_what_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
-    with (
-        pytest.raises(UserError, match="was not there when this began"),
-        artifact.create(out, "small", "f"),
-    ):
-        out.mkdir()
-        (out / "another's").touch()
+    made = artifact.create(out, "small", "f")
+    made.__enter__()
+    out.mkdir()
+    (out / "another's").touch()
+    with pytest.raises(UserError, match="was not there when this began"):
+        made.__exit__(None, None, None)
     assert [path.name for path in out.iterdir()] == ["another's"]
 
 
