@@ -19,8 +19,9 @@ from model.fields import CONDITIONING
 from trainer import checkpoint_folder
 from trainer.config import StageConfig, TrainConfig
 from trainer.metrics_reader import METRICS
-from trainer.setup import AVERAGE_WEIGHTS, KIND, WEIGHTS, StageSetup
+from trainer.setup import AVERAGE_WEIGHTS, WEIGHTS, StageSetup
 from trainer.tensor_files import slice_name, write_tensors
+from trainer.weights_kinds import STAGE
 
 STEPS = (2, 4, 6)
 """Of the checkpoints; the last one holds the weights as they were trained."""
@@ -104,7 +105,7 @@ def make_finished_stage(
     parameters = sum(value.numel() for value in weights.values())
     info = {"steps": STEPS[-1], "parameters": parameters, "model": config.model_dump(mode="json")}
     names = [WEIGHTS, AVERAGE_WEIGHTS] if average else [WEIGHTS]
-    artifact.write_manifest(folder, KIND, name, setup.identity, info, names)
+    artifact.write_manifest(folder, STAGE, name, setup.identity, info, names)
 
 
 def save_checkpoint(

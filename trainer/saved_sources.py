@@ -18,11 +18,17 @@ from trainer.optimizer import AVERAGE
 from trainer.saved_state import SavedState
 from trainer.setup import AVERAGE_WEIGHTS, StageSetup
 from trainer.tensor_files import WEIGHTS, SlicedTensors, Stretch, stretches
-from trainer.weights_kinds import CONVERTED, INDEX, SINGLE, UNIVERSAL, noted, tagged, weights_fingerprint
-
-NOT_KNOWN = (
-    "holds no weights that are known here: name a checkpoint (RUN/STAGE/checkpoints/step-…, or one of DeepSpeed's), a "
-    "trained stage (RUN/STAGE), a folder of `stretto convert`, or a .safetensors file."
+from trainer.weights_kinds import (
+    CHECKPOINT,
+    CONVERTED,
+    INDEX,
+    NOT_KNOWN,
+    SINGLE,
+    UNIVERSAL,
+    artifact_with_weights,
+    noted,
+    tagged,
+    weights_fingerprint,
 )
 
 
@@ -39,7 +45,7 @@ def open_saved(path: Path) -> SavedState:
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if (path / artifact.MANIFEST).is_file():
-        return _artifact(artifact.read(path))
+        return _artifact(artifact_with_weights(path))
     # What is exact comes first: transformers' trainer puts weights of 16 bits beside the checkpoint of its engine.
     folder = tagged(path) if path.is_dir() else path
     if folder != path:
@@ -55,7 +61,7 @@ def open_saved(path: Path) -> SavedState:
 
 
 def _artifact(found: Artifact) -> SavedState:
-    if found.kind == checkpoint_folder.KIND:
+    if found.kind == CHECKPOINT:
         return _checkpoint(checkpoint_folder.read(found.path))
     _require_whole(found)
     if found.kind == UNIVERSAL:
@@ -64,15 +70,13 @@ def _artifact(found: Artifact) -> SavedState:
         state = _listed(found.path)
         state.origin = found.info["source"]
         state.step = state.origin.get("step", 0)
-    elif found.kind == setup.KIND:
+    else:
         state = _weights(found.path, [found.path / setup.WEIGHTS])
         state.step = found.info["steps"]
         state.origin = {"stage": found.path.name, "step": state.step}
         if AVERAGE_WEIGHTS in found.manifest["files"]:
             for name, stretch in stretches(found.path / AVERAGE_WEIGHTS).items():
                 state.tensors.add(AVERAGE, name, 0, stretch)
-    else:
-        raise UserError(f"{found.path} is of kind {found.kind!r} and {NOT_KNOWN}")
     state.whole, state.identify = found, lambda: found.fingerprint
     return state
 

@@ -18,9 +18,8 @@ from model.fields import TokenField
 from model.stage import StageTransformer, build_stage
 from trainer.config import StageConfig
 
-KIND = "stage"
 WEIGHTS = "model.safetensors"
-"""What a trained stage leaves: an artifact of this kind with this file."""
+"""The file that a trained stage leaves."""
 SWAP = "swap"
 """Folder of what ZeRO moves to NVMe while a stage trains."""
 AVERAGE_WEIGHTS = "average.safetensors"

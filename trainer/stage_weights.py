@@ -19,8 +19,9 @@ from trainer import checkpoint_folder
 from trainer.optimizer import AVERAGE
 from trainer.saved_sources import open_saved
 from trainer.saved_state import SavedState
-from trainer.setup import AVERAGE_WEIGHTS, KIND, WEIGHTS
+from trainer.setup import AVERAGE_WEIGHTS, WEIGHTS
 from trainer.tensor_files import WEIGHTS as TRAINED
+from trainer.weights_kinds import STAGE
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_weights(run: Path, name: str, average: bool = False, last: int | None =
     Every file that is needed is digested first. Raises UserError where the stage is not finished, keeps no average, has
     fewer checkpoints, or a file is not what its manifest says.
     """
-    stage = artifact.read(run / name, KIND)
+    stage = artifact.read(run / name, STAGE)
     state = _checked(stage.path)
     if average and AVERAGE not in state.kinds:
         raise UserError(

@@ -11,8 +11,9 @@ from model.errors import UserError
 from model.stage import StageTransformer
 from trainer import checkpoint_folder
 from trainer.saved_sources import open_saved
-from trainer.setup import KIND, WEIGHTS, StageSetup
+from trainer.setup import WEIGHTS, StageSetup
 from trainer.tensor_files import WEIGHTS as TRAINED
+from trainer.weights_kinds import STAGE
 
 
 def trained_stage(run: Path, name: str) -> StageTransformer | None:
@@ -25,7 +26,7 @@ def trained_stage(run: Path, name: str) -> StageTransformer | None:
         return None
     try:
         setup = StageSetup.read(run, name)
-        found = artifact.read(folder, KIND) if finished else _newest(folder / "checkpoints", steps[0])
+        found = artifact.read(folder, STAGE) if finished else _newest(folder / "checkpoints", steps[0])
         if found.manifest["inputs"] != setup.identity:
             return None
         stage = setup.build_model()

@@ -22,10 +22,11 @@ from trainer.initial_weights import Matched, initialise_from
 from trainer.metrics import Metrics
 from trainer.metrics_reader import METRICS, last_metrics
 from trainer.schedule import Schedule
-from trainer.setup import AVERAGE_WEIGHTS, KIND, WEIGHTS, StageSetup
+from trainer.setup import AVERAGE_WEIGHTS, WEIGHTS, StageSetup
 from trainer.spikes import SpikeGuard
 from trainer.tensor_files import write_tensors
 from trainer.watchdog import Heartbeat
+from trainer.weights_kinds import STAGE
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ class Training:
         def finish() -> None:
             model = self.setup.config.model.model_dump(mode="json")
             info = {"steps": self.step, "parameters": parameters[0], "model": model}
-            artifact.write_manifest(self.setup.folder, KIND, self.setup.fingerprint, self.setup.identity, info, names)
+            artifact.write_manifest(self.setup.folder, STAGE, self.setup.fingerprint, self.setup.identity, info, names)
 
         alone(self.engine, finish, self.setup.folder)
 

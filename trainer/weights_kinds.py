@@ -8,13 +8,21 @@ from pathlib import Path
 from model import artifact
 from model.errors import UserError
 from trainer import zip_records
+from trainer.checkpoint_folder import KIND as CHECKPOINT
 
+STAGE = "stage"
+"""Kind of the artifact that a training leaves."""
 CONVERTED = "weights"
-"""Kind of the artifact of `stretto convert --to fp32`."""
+"""Of `stretto convert --to fp32`."""
 UNIVERSAL = "universal"
 """Of `--to universal`."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names that transformers gives to a model's weights: one file, or the list of several."""
+KINDS = (CHECKPOINT, STAGE, CONVERTED, UNIVERSAL)
+NOT_KNOWN = (
+    "holds no weights that are known here: name a checkpoint (RUN/STAGE/checkpoints/step-…, or one of DeepSpeed's), a "
+    "trained stage (RUN/STAGE), a folder of `stretto convert`, or a .safetensors file."
+)
 LATEST = "latest"
 """The file that names the newest checkpoint in a folder of DeepSpeed's."""
 
@@ -28,17 +36,25 @@ def weights_fingerprint(path: Path) -> str:
             known.manifest["files"][path.name]["sha256"] if known else artifact.file_digest(path)
         )
     if (path / artifact.MANIFEST).is_file():
-        return artifact.read(path).fingerprint
+        return artifact_with_weights(path).fingerprint
     if not path.is_dir():
         raise UserError(f"{path} does not exist.")
     folder = tagged(path)
     files = sorted(file for pattern in ("*.safetensors", INDEX) for file in folder.glob(pattern))
     zipped = sorted(folder.glob("**/*.pt"))
     if not files and not zipped:
-        raise UserError(f"{path} holds no weights.")
+        raise UserError(f"{path} {NOT_KNOWN}")
     return artifact.fingerprint(
         {file.name: artifact.file_digest(file) for file in files}, zip_records.fingerprint(zipped)
     )
+
+
+def artifact_with_weights(path: Path) -> artifact.Artifact:
+    """The artifact at `path`. Raises UserError where it is none that holds weights of a stage."""
+    found = artifact.read(path)
+    if found.kind not in KINDS:
+        raise UserError(f"{path} is of kind {found.kind!r} and {NOT_KNOWN}")
+    return found
 
 
 def tagged(folder: Path) -> Path:

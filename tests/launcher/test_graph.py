@@ -93,6 +93,10 @@ def test_weights_that_a_stage_begins_with_count_wherever_they_lie(tmp_path: Path
     assert begun(tmp_path / "two", "b") != first
     with pytest.raises(UserError, match=r"stages.fine.train.init_from: .*nowhere does not exist"):
         origins(load_recipe("quickstart", [f"stages.fine.train.init_from={tmp_path}/nowhere"]))
+    with artifact.create(tmp_path / "tokens", "tokens", "t"):
+        pass
+    with pytest.raises(UserError, match=r"stages.fine.train.init_from: .* is of kind 'tokens' and holds no weights"):
+        origins(load_recipe("quickstart", [f"stages.fine.train.init_from={tmp_path}/tokens"]))
 
 
 def test_tokens_that_are_mixed_in_count_wherever_they_lie(tmp_path: Path) -> None:

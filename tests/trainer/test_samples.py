@@ -23,8 +23,9 @@ from model.sampling import Sampler, generate_stage
 from model.stage import StageTransformer
 from trainer.config import StageConfig, TrainConfig
 from trainer.samples import read_clips
-from trainer.setup import KIND, WEIGHTS, StageSetup
+from trainer.setup import WEIGHTS, StageSetup
 from trainer.trained_stage import trained_stage
+from trainer.weights_kinds import STAGE
 
 SCHEDULE = {"steps": 4, "warmup_steps": 1, "validate_every": 4, "checkpoint_every": 2, "sample_every": 2}
 CODEC = CodecConfig(sample_rate=8000, frame_rate=20, quantizers=4, codebook_size=256, mel_bands=40)
@@ -63,7 +64,7 @@ def finish(run, name):
     setup = StageSetup.read(run, name)
     save_file(setup.build_model().state_dict(), setup.folder / WEIGHTS)
     info = {"model": setup.config.model.model_dump(mode="json")}
-    artifact.write_manifest(setup.folder, KIND, setup.fingerprint, setup.identity, info, [WEIGHTS])
+    artifact.write_manifest(setup.folder, STAGE, setup.fingerprint, setup.identity, info, [WEIGHTS])
 
 
 def train(*jobs):
