@@ -37,6 +37,7 @@ lint: $(INSTALLED)
 test: lint
 	tests/setup_libaio.sh $(BIN)/python
 	tests/setup_cluster.sh
+	tests/setup_transformers5.sh $(BIN)/python
 	$(BIN)/pytest -m 'not faults'
 
 faults: $(INSTALLED)

@@ -103,7 +103,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         return {**config, "text_config": settings(config["text_config"])}
     kind = config.get("model_type")
-    config = {**(AutoConfig.for_model(kind).to_dict() if kind in STOCK_KINDS else {}), **config}
+    defaults = AutoConfig.for_model(kind).to_dict() if kind in STOCK_KINDS else {}
+    if "rope_theta" in config:  # as version 4 writes them, whichever reads this
+        defaults.pop("rope_parameters", None)
+    config = {**defaults, **config}
     if isinstance(rope := config.pop("rope_parameters", None), dict):
         rest = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_theta"] = rope.get("rope_theta")

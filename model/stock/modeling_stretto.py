@@ -114,7 +114,8 @@ class StrettoStage(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            self.heads.data.normal_(std=self.config.text_config.initializer_range)
+            # By way of nn.init, which transformers 5 keeps from what was loaded already.
+            nn.init.normal_(self.heads, std=self.config.text_config.initializer_range)
 
     # The pattern: the code of frame t and quantizer q lies at step t × stride + q.
 
@@ -283,10 +284,10 @@ def draw(logits: Tensor, settings: GenerationConfig) -> Tensor:
     """Codes `[B]` from `logits [B, C]`: the likeliest, or at random."""
     if not settings.do_sample:
         return logits.argmax(dim=-1)
-    warpers: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
+    warpers: list[Any] = [TemperatureLogitsWarper(float(settings.temperature or 1.0))]  # None under transformers 5
     if settings.top_k:
         warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
+    if (settings.top_p or 1.0) < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
     for warper in warpers:
         logits = warper(None, logits)

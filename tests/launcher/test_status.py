@@ -42,7 +42,7 @@ def test_a_finished_run_is_done_with_its_losses_and_times(run: Path) -> None:
     text = shown(run)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    assert "a [nice] run" in text
+    assert "a [nice] run" in " ".join(text.split())  # however long the folder's name is
 
 
 def test_a_running_stage_shows_its_step_speed_log_and_time_left(run: Path) -> None:
