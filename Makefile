@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN ?= runs/quickstart
+WORKERS ?= 2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
@@ -16,7 +17,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make format       sort imports and format"
 	@echo "make clean        remove caches and builds; the environment and the runs stay"
-	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) RUN=$(RUN)"
+	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) RUN=$(RUN) WORKERS=$(WORKERS) (processes that test)"
 
 install: $(INSTALLED)
 
@@ -38,7 +39,7 @@ test: lint
 	tests/setup_libaio.sh $(BIN)/python
 	tests/setup_cluster.sh
 	tests/setup_transformers5.sh $(BIN)/python
-	$(BIN)/pytest -m 'not faults'
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not faults'
 
 faults: $(INSTALLED)
 	$(BIN)/pytest --timeout 3600 tests/faults tests/trainer/test_resume.py

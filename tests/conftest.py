@@ -1,4 +1,4 @@
-"""Fixtures that tests of several folders use."""
+"""Fixtures that tests of several folders use, and the table of what conversions give at the end of the session."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ import logging
 
 import pytest
 from buckets import BUCKET, KEYS
-from helpers import free_port
+from helpers import CONVERSIONS, free_port
 from nodes import nodes, skip_reason
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the tests have recorded, in whichever process they ran."""
+    reports = terminalreporter.stats.get("passed", [])
+    rows = [value for report in reports for name, value in report.user_properties if name == CONVERSIONS]
+    if rows:
+        terminalreporter.section("largest difference of a logit from the training engine's")
+        columns = list(rows[0][1])
+        terminalreporter.write_line(f"{'trained with':<16}" + "".join(f"{name:>14}" for name in columns))
+        for cell, differences in sorted(rows):
+            figures = "".join(f"{differences[name]:>14.1e}" for name in columns)
+            terminalreporter.write_line(f"{cell:<16}{figures}")
 
 
 @pytest.fixture(scope="session")

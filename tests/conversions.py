@@ -22,8 +22,6 @@ SMALL = {"transformer": {"dim": 32, "layers": 1, "heads": 1}}
 CELLS = [(zero, ranks, precision) for ranks in RANKS for zero in ZERO for precision in PRECISIONS]
 STEP = "step-00000003"
 LOGITS = "logits"
-MATRIX: dict[str, dict[str, float]] = {}
-"""Of each cell that was tried, by how much its logits differ from the engine's, by what it was converted to."""
 
 
 def cell_name(zero, ranks, precision):

@@ -22,6 +22,8 @@ FIELDS = {
 CENTROID_DIM = 8
 SMALL = TransformerConfig(dim=64, layers=2, heads=2)
 ROOT = Path(__file__).parents[1]
+CONVERSIONS = "conversions"
+"""The property by which tests record by how much logits differ after a conversion, for the table at the end."""
 
 
 def quantizers() -> dict[str, torch.Tensor]:

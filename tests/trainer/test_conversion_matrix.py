@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from conversions import CELLS, LOGITS, MATRIX, SMALL, cell_name, saved
+from conversions import CELLS, LOGITS, SMALL, cell_name, saved
 from finished_run import make_finished_stage
-from helpers import fine_config, quantizers
+from helpers import CONVERSIONS, fine_config, quantizers
 from safetensors.torch import load_file
 
 from data.progress import Progress
@@ -76,7 +76,7 @@ def converted(run, folder):
 
 
 @pytest.mark.parametrize(("zero", "ranks", "precision"), CELLS)
-def test_every_cell_computes_what_the_training_engine_did(trained, tmp_path, zero, ranks, precision):
+def test_every_cell_computes_what_the_training_engine_did(trained, tmp_path, record_property, zero, ranks, precision):
     run = trained / cell_name(zero, ranks, precision)
     complete(run)
     found = converted(run, tmp_path)
@@ -90,4 +90,5 @@ def test_every_cell_computes_what_the_training_engine_did(trained, tmp_path, zer
         expected = engine if precision == "fp32" else weights
         assert (logits - expected).abs().max() <= TOLERANCES[name], name
         assert (logits - engine).square().mean().sqrt() <= 0.05 * engine.std(), name
-    MATRIX[run.name] = {name: float((logits - engine).abs().max()) for name, logits in found.items()}
+    differences = {name: float((logits - engine).abs().max()) for name, logits in found.items()}
+    record_property(CONVERSIONS, [run.name, differences])
