@@ -105,6 +105,26 @@ class _Reader(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = load_nothing
     dispatch[pickle.NEXT_BUFFER[0]] = load_nothing
     dispatch[pickle.READONLY_BUFFER[0]] = load_nothing
+    # These hash what they hold, which takes for ever of tuples of tuples of the same tuple.
+    dispatch[pickle.DICT[0]] = load_nothing
+    dispatch[pickle.ADDITEMS[0]] = load_nothing
+    dispatch[pickle.FROZENSET[0]] = load_nothing
+
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack)  # type: ignore[attr-defined]
+        super().load_setitems()  # type: ignore[misc]
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _check_keys(self, items: list[Any]) -> None:
+        """Of keys and values in turn."""
+        if not all(isinstance(key, str | int | bytes) for key in items[::2]):
+            raise NotReadable("it holds a mapping by other keys than joblib writes")
 
     def _array(self, said: dict[str, Any]) -> NDArray[Any]:
         """The array whose bytes follow its description; newer dumps align them."""

@@ -146,6 +146,17 @@ def test_what_the_pickle_registry_names_is_not_called(tmp_path):
             read_joblib(tmp_path / "kmeans.joblib")
 
 
+@pytest.mark.parametrize(
+    "ends", [b"}(h\x00K\x01u.", b"}h\x00K\x01s.", b"\x8f(h\x00\x90.", b"(h\x00\x91.", b"(h\x00K\x01d."]
+)
+def test_what_would_take_for_ever_to_hash_is_refused(tmp_path, ends):
+    """A tuple of a tuple of a tuple, each twice: as a key it is looked through two to the power of 60 times."""
+    deep = b"\x80\x04)q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(60))
+    (tmp_path / "deep.joblib").write_bytes(deep + ends)
+    with pytest.raises(NotReadable):
+        read_joblib(tmp_path / "deep.joblib")
+
+
 def test_a_damaged_dump_is_refused_in_words_or_read(tmp_path, kmeans):
     """Cut anywhere it is refused; a changed byte may be one of a number."""
     joblib.dump(kmeans, tmp_path / "kmeans.joblib")
