@@ -32,4 +32,4 @@ def making(folder: Path) -> Iterator[None]:
             require_new(folder)  # it may have been made just now
             yield
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(place, ignore_errors=True)  # on NFS the lock itself stays until it is closed

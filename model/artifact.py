@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 """What manifests and the files beside them look like. It is raised when an earlier Stretto could not read them; `read`
 is where the manifest of an older one is brought up to date then. tests/golden/ keeps one of each version."""
 MANIFEST = "manifest.json"
+DIGEST = "digest"
+"""In a manifest: of all else that it says."""
 CARD = "README.md"
 """A page for people, who may edit it: no manifest lists it."""
 PARTIAL = ".partial"
@@ -219,8 +221,19 @@ def seal(
         "info": info,
         "files": files,
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, {**manifest, DIGEST: _digest(manifest)})
     sync(folder)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Changes with any of what a manifest says but its own digest."""
+    said = {key: value for key, value in manifest.items() if key != DIGEST}
+    return fingerprint(json.loads(json.dumps(said)))  # as it is read back: names of numbers are strings then
+
+
+def unchanged(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest is as it was written. Those of the first versions do not tell."""
+    return DIGEST not in manifest or manifest[DIGEST] == _digest(manifest)
 
 
 def occupied(path: Path) -> bool:
@@ -246,6 +259,17 @@ def read(path: Path, kind: str | None = None) -> Artifact:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is not a finished Stretto artifact: it has no {MANIFEST}.") from None
     return Artifact(path, parse(text, str(path), kind))
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether the manifest at `path`, if there is one, is of an artifact: others use that name too."""
+    try:
+        found = json.loads((path / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return True  # a damaged one, as far as can be told
+    return isinstance(found, dict) and "format_version" in found
 
 
 def parse(text: bytes, place: str, kind: str | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from trainer.weights_kinds import (
     SINGLE,
     UNIVERSAL,
     artifact_with_weights,
+    identity,
     noted,
     tagged,
     weights_fingerprint,
@@ -77,7 +78,7 @@ def _artifact(found: Artifact) -> SavedState:
         if AVERAGE_WEIGHTS in found.manifest["files"]:
             for name, stretch in stretches(found.path / AVERAGE_WEIGHTS).items():
                 state.tensors.add(AVERAGE, name, 0, stretch)
-    state.whole, state.identify = found, lambda: found.fingerprint
+    state.whole, state.identify = found, lambda: identity(found)
     return state
 
 

@@ -120,15 +120,20 @@ def stretches(path: Path) -> dict[str, Stretch]:
             name: Stretch(path, 8 + length + entry["data_offsets"][0], NAMES[entry["dtype"]], tuple(entry["shape"]))
             for name, entry in header.items()
         }
-        end = max((stretch.offset + stretch.nbytes for stretch in found.values()), default=0)
-        if any(stretch.offset < 8 + length or min(stretch.shape, default=0) < 0 for stretch in found.values()):
-            raise ValueError
+        end = 8 + length
+        for name, stretch in sorted(found.items(), key=lambda entry: (entry[1].offset, entry[1].nbytes)):
+            first, last = header[name]["data_offsets"]
+            if stretch.offset != end or last - first != stretch.nbytes or min(stretch.shape, default=0) < 0:
+                raise ValueError  # the format leaves no gaps
+            end += stretch.nbytes
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path} is no safetensors file, or its start is damaged.") from None
-    if end > size:
-        raise UserError(f"{path} has {size} bytes where {end} should be: it is truncated.")
+    if end != size:
+        raise UserError(
+            f"{path} has {size} bytes where {end} should be: it is {'truncated' if size < end else 'damaged'}."
+        )
     return found
 
 

@@ -36,7 +36,7 @@ def weights_fingerprint(path: Path) -> str:
             known.manifest["files"][path.name]["sha256"] if known else artifact.file_digest(path)
         )
     if (path / artifact.MANIFEST).is_file():
-        return artifact_with_weights(path).fingerprint
+        return identity(artifact_with_weights(path))
     if not path.is_dir():
         raise UserError(f"{path} does not exist.")
     folder = tagged(path)
@@ -57,12 +57,22 @@ def artifact_with_weights(path: Path) -> artifact.Artifact:
     return found
 
 
+def identity(found: artifact.Artifact) -> str:
+    """Changes with the weights in an artifact. The fingerprint of a stage tells what it was trained from, not that it
+    was trained again, which on other ranks gives others."""
+    if found.kind == STAGE:
+        return artifact.fingerprint(found.fingerprint, found.manifest["files"])
+    return found.fingerprint
+
+
 def tagged(folder: Path) -> Path:
     """The checkpoint that a folder of DeepSpeed's names as its latest, or the folder itself."""
     for pointer in (LATEST, "latest_universal"):
         if (folder / pointer).is_file():
             tag = (folder / pointer).read_text(errors="replace").strip()
             if not re.fullmatch(r"[\w.-]+", tag) or set(tag) == {"."} or not (folder / tag).is_dir():
+                if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+                    return folder  # whoever passed the weights on left the checkpoint out
                 raise UserError(f"{folder / pointer} names {tag[:60]!r}, which is no folder beside it.")
             return folder / tag
     return folder
@@ -70,9 +80,12 @@ def tagged(folder: Path) -> Path:
 
 def noted(path: Path) -> artifact.Artifact | None:
     """What the manifest beside `path`, such as a bundle's, says of this file alone; None where it is part of no
-    artifact. Raises UserError where that manifest is damaged or of a later version."""
-    if not (path.parent / artifact.MANIFEST).is_file():
+    artifact. Raises UserError where that manifest is damaged or of a later version, and where `path` is a part of a
+    checkpoint, which has slices of weights."""
+    if not artifact.is_artifact(path.parent):
         return None
     found = artifact.read(path.parent)
+    if found.kind == CHECKPOINT:
+        raise UserError(f"{path} is a part of the checkpoint {path.parent}: name that folder.")
     files = {name: file for name, file in found.manifest["files"].items() if name == path.name}
     return artifact.Artifact(found.path, {**found.manifest, "files": files}) if files else None
