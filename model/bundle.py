@@ -39,8 +39,8 @@ def open_bundle(path: Path, verify: bool) -> Artifact:
     Raises UserError, which names the file, where it is no bundle, or not the one that was written.
     """
     bundle = artifact.read(path, KIND)
-    changed = [] if artifact.unchanged(bundle.manifest) else [f"{path / artifact.MANIFEST} has changed"]
-    wrong = changed + artifact.problems(bundle, digests=verify)
+    changed = not artifact.unchanged(bundle.manifest)
+    wrong = [f"{path / artifact.MANIFEST} has changed"] if changed else artifact.problems(bundle, digests=verify)
     if wrong:
         raise UserError(f"The bundle {path} is not whole: {wrong[0]}. Copy or export it again.")
     return bundle

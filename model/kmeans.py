@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import Self
 
@@ -23,6 +23,7 @@ from model.lloyd import (
     residuals,
     survey,
 )
+from model.saving import save_tensors
 
 ALONE = Alone()
 
@@ -94,7 +95,7 @@ class ResidualKMeans:
 
     def save(self, path: Path, name: str = "centroids") -> None:
         """Writes the centroids as the one tensor `name` of a safetensors file."""
-        save_file({name: self.centroids.contiguous()}, path)
+        save_tensors({name: self.centroids}, path)
 
     @classmethod
     def load(cls, path: Path, name: str = "centroids") -> Self:

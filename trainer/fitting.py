@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.corpus import TRAIN, VALIDATION, Clip, read_clips
@@ -28,6 +27,7 @@ from model.encoders import CODECS, encoder_class
 from model.encoders.mel import MelCodec
 from model.fields import CONDITIONING, SEMANTIC
 from model.kmeans import ResidualKMeans
+from model.saving import save_tensors
 from trainer.encodings import Encoding, JointEmbeddings, SemanticFeatures, read_waves, some
 from trainer.given_quantizers import find_given
 from trainer.quantizer_report import measure
@@ -127,7 +127,7 @@ def fit_quantizers(
             info[name]["standardised"] = encoders.semantic.standardise
         centroids[name] = quantizer.centroids
     if ranks.leads:
-        save_file(centroids, folder / QUANTIZERS)
+        save_tensors(centroids, folder / QUANTIZERS)
         write_json(folder / "report.json", {name: row["measured"] for name, row in info.items()})
     return info
 

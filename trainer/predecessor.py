@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import artifact
@@ -20,6 +19,7 @@ from model.bundle import QUANTIZERS
 from model.encoders.checkpoint import read_state_dict
 from model.errors import UserError
 from model.fields import CONDITIONING, SEMANTIC
+from model.saving import save_tensors
 from trainer.joblib_file import NotReadable, Record, array, read_joblib
 
 KMEANS = re.compile(r"sklearn\.cluster\..*\b(MiniBatchKMeans|KMeans)")
@@ -45,7 +45,7 @@ def import_quantizers(files: dict[str, Path], folder: Path) -> dict[str, Any]:
     """
     readers = {CONDITIONING: read_residual_vq, SEMANTIC: read_kmeans}
     centroids = {name: readers[name](file) for name, file in files.items()}
-    save_file(centroids, folder / QUANTIZERS)
+    save_tensors(centroids, folder / QUANTIZERS)
     info: dict[str, Any] = {}
     for name, values in centroids.items():
         shape = dict(zip(("levels", "codebook_size", "dim"), values.shape, strict=True))

@@ -32,6 +32,9 @@ from trainer.weights_kinds import (
     weights_fingerprint,
 )
 
+SLICE = re.compile(r"[a-z_]+/.+/\d+")
+"""What tensors are called in the files of a checkpoint's ranks."""
+
 
 def open_saved(path: Path) -> SavedState:
     """What `path` holds; no data are read yet, and nothing is run that a file asks for.
@@ -40,8 +43,11 @@ def open_saved(path: Path) -> SavedState:
     checkpoints, or a format is newer than this version.
     """
     if path.is_file() and path.suffix == ".safetensors":
+        described = noted(path)
         state = _weights(path, [path])
-        state.whole = noted(path)
+        if state.shapes and all(SLICE.fullmatch(name) for name in state.shapes):
+            raise UserError(f"{path} holds slices of weights: it is a part of a checkpoint, name its folder.")
+        state.whole = described
         return state
     if not path.exists():
         raise UserError(f"{path} does not exist.")

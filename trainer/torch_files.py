@@ -43,6 +43,7 @@ SMALL = 16
 """Bytes of a record that holds a single value."""
 HEADERS = 1 << 14
 """Bytes that a file takes beside its tensors, at most, where it holds few."""
+MOST_VALUES = 2_000_000
 STAND_INS: list[Any] = [
     (int, f"{DEEPSPEED}.zero.config.ZeroStageEnum"),
     (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
@@ -78,7 +79,7 @@ def read_torch(path: Path) -> Any:
             raise UserError(f"{path} is not read: {str(error).splitlines()[0]}") from None
         except (RuntimeError, EOFError, ValueError, AssertionError, AttributeError, KeyError, IndexError, TypeError):
             raise UserError(f"{path} is damaged: it does not read as a file of torch.save's.") from None
-    return _located(value, path, starts)
+    return _Located(path, starts).of(value)
 
 
 def _foreign(path: Path) -> list[str]:
@@ -88,25 +89,42 @@ def _foreign(path: Path) -> list[str]:
         raise UserError(f"{path} is damaged: it does not read as a file of torch.save's.") from None
 
 
-def _located(value: Any, path: Path, starts: dict[int, Record]) -> Any:
-    """`value` with each tensor, which is on the meta device, as a Stretch."""
-    if isinstance(value, Tensor):
+class _Located:
+    """Values with each tensor, which is on the meta device, as a Stretch."""
+
+    def __init__(self, path: Path, starts: dict[int, Record]) -> None:
+        self.path, self.starts, self.seen = path, starts, 0
+
+    def of(self, value: Any) -> Any:
+        """Raises UserError for what torch.save does not write, and for more values than a checkpoint has: a list of a
+        list of the same list, each twice, is small in the file and endless here."""
+        self.seen += 1
+        if self.seen > MOST_VALUES:
+            raise UserError(
+                f"{self.path} is no checkpoint: it holds more than {MOST_VALUES:,} values beside its tensors."
+            )
+        if isinstance(value, Tensor):
+            return self._stretch(value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.of(item) for item in value]
+        return value
+
+    def _stretch(self, value: Tensor) -> Stretch:
         storage = value.untyped_storage()
         offset, size, within = storage._checkpoint_offset, storage.nbytes(), int(value.storage_offset())
-        record = starts.get(offset) if offset is not None else None
+        record = self.starts.get(offset) if offset is not None else None
         if record is None or record.size != size or not value.is_contiguous():
-            raise UserError(f"{path} is not laid out as torch.save does: it is damaged, or something else wrote it.")
+            raise UserError(
+                f"{self.path} is not laid out as torch.save does: it is damaged, or something else wrote it."
+            )
         first = within * value.dtype.itemsize
         if first + value.nbytes > size:
-            raise UserError(f"{path} is damaged: a tensor reaches beyond what is stored of it.")
-        return Stretch(path, record.offset + first, value.dtype, tuple(value.shape))
-    if isinstance(value, torch.Size):
-        return tuple(value)
-    if isinstance(value, dict):
-        return {key: _located(item, path, starts) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_located(item, path, starts) for item in value]
-    return value
+            raise UserError(f"{self.path} is damaged: a tensor reaches beyond what is stored of it.")
+        return Stretch(self.path, record.offset + first, value.dtype, tuple(value.shape))
 
 
 def check_records(used: Iterable[Stretch], report: Callable[[int], None]) -> None:

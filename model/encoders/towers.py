@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -15,6 +15,7 @@ from typing_extensions import Self
 from model.config import JointEmbedderConfig
 from model.encoders.spectrum import LogMel, window_length
 from model.errors import UserError
+from model.saving import save_tensors
 
 MEL_HZ = 50
 BANDS = 64
@@ -77,7 +78,7 @@ class TwoTowers(nn.Module):
 
     def save(self, folder: Path) -> None:
         weights, vocabulary = (folder / name for name in FILES)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, weights)
+        save_tensors(self.state_dict(), weights)
         self.tokenizer.save(str(vocabulary))
 
     @classmethod

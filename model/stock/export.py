@@ -34,6 +34,8 @@ CODES = "stage_codes"
 TOLERANCE = 1e-4
 """Largest difference of a logit in fp32, for logits up to 1 and in proportion above: products round otherwise."""
 COMPARED_FRAMES = 8
+SPARE_BYTES = 1 << 20
+"""For headers, settings, code and the card."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def export_stage(bundle_path: Path, name: str, output: Path) -> Exported:
     """
     bundle, stage_name = open_bundle(bundle_path, verify=True), stage_called(name)
     stage = stage_of(bundle, stage_name)
-    artifact.require_room(output, sum(value.nbytes for value in stage.state_dict().values()))
+    artifact.require_room(output, sum(value.nbytes for value in to_tensors(stage).values()) + SPARE_BYTES)
     for weight, value in stage.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"{weight} of stage {name!r} is not finite: export an earlier checkpoint, or train again.")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from model import artifact
@@ -16,11 +15,14 @@ from model.artifact import CARD
 from model.bundle import KIND as BUNDLE
 from model.bundle import open_bundle, stage_file
 from model.errors import UserError
+from model.saving import save_tensors
 from model.stock.bundles import stage_called, stage_of
 from model.stock.layout import BLOCK, FORMAT_VERSION, NOT_SHAPE, config_json
 from model.stock.weights import from_tensors, read_tensors, weight_files
 
 CONFIG = "config.json"
+SPARE_BYTES = 1 << 20
+"""For headers, the manifest and the card."""
 STOCK_KINDS = ("llama", "qwen3")
 
 
@@ -33,8 +35,9 @@ def import_stage(checkpoint: Path, bundle_path: Path, name: str, output: Path) -
     """
     stage_name, config = stage_called(name), read_config(checkpoint)
     bundle = open_bundle(bundle_path, verify=True)
-    artifact.require_room(output, sum(file["bytes"] for file in bundle.manifest["files"].values()))
     stage = stage_of(bundle, stage_name)
+    copied = sum(file["bytes"] for name, file in bundle.manifest["files"].items() if name != stage_file(stage_name))
+    artifact.require_room(output, copied + sum(value.nbytes for value in stage.state_dict().values()) + SPARE_BYTES)
     check_config(checkpoint / CONFIG, config, config_json(stage, stage_name))
     stage.load_state_dict(from_tensors(stage, read_tensors(checkpoint), checkpoint))
     sources = {file.name: artifact.file_digest(file) for file in weight_files(checkpoint)}
@@ -44,7 +47,7 @@ def import_stage(checkpoint: Path, bundle_path: Path, name: str, output: Path) -
         for file in bundle.manifest["files"].keys() - {weights, CARD}:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / file, folder / file)
-        save_file(stage.state_dict(), folder / weights)
+        save_tensors(stage.state_dict(), folder / weights)
         info.update(bundle.info, imported={**bundle.info.get("imported", {}), stage_name: sources})
         for told in ("verified", "training"):  # of the stage that was there before
             info[told] = {key: value for key, value in info.get(told, {}).items() if key != stage_name}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.errors import UserError
+from model.saving import system_errors
 from model.stage import StageTransformer
 from model.stock.layout import is_stock
 
@@ -98,7 +99,8 @@ def _check_names(expected: dict[str, Tensor], found: dict[str, Tensor], where: P
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     """Writes them as transformers does: one file, or several with an index."""
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
+    with system_errors(folder):
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 
 import pytest
@@ -37,6 +39,33 @@ def test_a_file_with_a_changed_byte_is_named(bundle, tmp_path, name):
     file.write_bytes(data)
     with pytest.raises(UserError, match=f"{file} has changed"):
         MusicPipeline.load(tmp_path / "copy", "cpu")
+
+
+def test_a_changed_byte_of_the_manifest_is_found(bundle, tmp_path):
+    """Whatever it says: a rate or a size would change what the codes mean."""
+    copy = copy_of(bundle, tmp_path)
+    whole = (copy / "manifest.json").read_bytes()
+    drawn = random.Random(0)
+    for _ in range(100):
+        changed = bytearray(whole)
+        changed[drawn.randrange(len(whole) - 1)] ^= 1 << drawn.randrange(8)
+        (copy / "manifest.json").write_bytes(changed)
+        if not same_json(changed, whole):
+            with pytest.raises(UserError):
+                MusicPipeline.load(copy, "cpu")
+    changed = json.loads(whole)
+    changed["info"]["sampling"]["temperature"] = {"fine": 0.5}
+    (copy / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"manifest\.json has changed"):
+        MusicPipeline.load(copy, "cpu")
+
+
+def same_json(one, other):
+    """A byte of what means nothing, such as a space."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -20,7 +20,7 @@ from model import artifact
 from model.errors import UserError
 from trainer import convert as conversion
 from trainer.convert import convert
-from trainer.weights_kinds import tagged
+from trainer.weights_kinds import tagged, weights_fingerprint
 
 cells = pytest.mark.parametrize(("zero", "ranks", "precision"), CELLS)
 
@@ -299,6 +299,15 @@ def test_a_pickle_that_asks_for_code_is_refused_and_not_run(native, tmp_path):
     assert not made.exists()
 
 
+def test_a_file_that_unfolds_without_end_is_refused(native, tmp_path):
+    """A list of a list of the same list, each twice."""
+    deep: list = []
+    for _ in range(60):
+        deep = [deep, deep]
+    torch.save({"module": {}, "more": deep}, next(native.rglob("*model_states.pt")))
+    assert "is no checkpoint: it holds more than" in refusal(native, tmp_path / "out")
+
+
 @pytest.mark.parametrize("what", [{}, {"optimizer_state_dict": {"fp32_flat_groups": 3}}, [1], {"module": 4}])
 def test_a_file_that_is_laid_out_otherwise_is_refused(native, tmp_path, what):
     for file in (optimizer_file(native, 0), native / "mp_rank_00_model_states.pt"):
@@ -322,6 +331,50 @@ def test_a_changed_file_of_a_bundle_is_refused(run, tmp_path):
     convert(copy / "model.safetensors", tmp_path / "whole", "fp32")
     flip(copy / "model.safetensors", -1)
     assert "has changed: its digest is not the one" in refusal(copy / "model.safetensors", tmp_path / "out")
+
+
+def test_a_part_of_a_checkpoint_is_not_taken_for_weights(ours, tmp_path):
+    part = ours / "rank-0000.safetensors"
+    assert f"is a part of the checkpoint {ours}: name that folder" in refusal(part, tmp_path / "out")
+    shutil.copy(part, tmp_path / "alone.safetensors")
+    assert "holds slices of weights" in refusal(tmp_path / "alone.safetensors", tmp_path / "out")
+
+
+def test_a_stage_that_was_trained_again_is_another_source(run, tmp_path, monkeypatch):
+    """Though it was trained from the same: a conversion that was interrupted begins anew."""
+    stage = tmp_path / "coarse"
+    shutil.copytree(run / "coarse", stage, ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    before = weights_fingerprint(stage)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    seal = artifact.seal
+    monkeypatch.setattr(artifact, "seal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(stage, tmp_path / "out", "fp32")
+    monkeypatch.setattr(artifact, "seal", seal)
+    found, weights = artifact.read(stage), load_file(stage / "model.safetensors")
+    others = {name: value + 1 for name, value in weights.items()}
+    save_file(others, stage / "model.safetensors")
+    artifact.write_manifest(
+        stage, found.kind, found.fingerprint, found.manifest["inputs"], found.info, found.manifest["files"]
+    )
+    assert weights_fingerprint(stage) != before
+    convert(stage, tmp_path / "out", "fp32")
+    converted = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(converted[name], others[name]) for name in others)
+
+
+def test_what_others_have_put_beside_weights_does_not_matter(run, tmp_path):
+    """A manifest of something else, and a pointer to a checkpoint that was left out."""
+    shutil.copy(run / "coarse" / "model.safetensors", tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "an extension"}')
+    convert(tmp_path / "model.safetensors", tmp_path / "out", "fp32")
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "latest").write_text("global_step3")
+    convert(tmp_path, tmp_path / "again", "fp32")
+    assert same_bytes(tmp_path / "out", tmp_path / "again", ["manifest.json"])
 
 
 def test_weights_that_are_listed_and_are_not_there_are_named(run, tmp_path):

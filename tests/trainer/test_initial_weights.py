@@ -120,7 +120,7 @@ def test_hosts_that_see_other_weights_are_an_error(trained, tmp_path):
         save_file(weights, folder / "model.safetensors")
         found = artifact.read(folder)
         files = artifact.describe_files(folder, found.manifest["files"])
-        artifact.seal(folder, found.kind, f"made by {rank}", found.manifest["inputs"], found.info, files)
+        artifact.seal(folder, found.kind, found.fingerprint, found.manifest["inputs"], found.info, files)
     run = make_run(tmp_path / "run", SMALL, **SETTINGS, init_from="/proc/self/cwd/stage")
     started = start_ranks(job_on_a_host_of_its_own, 2, tmp_path / "log", run, tmp_path)
     assert started.wait() == [2, 2], started.output()

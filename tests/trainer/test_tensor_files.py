@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from model import artifact
+from model.errors import UserError
 from trainer import large_file, tensor_files
-from trainer.tensor_files import write_tensors
+from trainer.tensor_files import stretches, write_tensors
 
 BLOCK_BYTES = 1 << 16
 
@@ -54,6 +56,37 @@ def test_a_file_whose_length_is_whole_blocks(tmp_path, monkeypatch):
     size = write_tensors(path, {"a": torch.zeros(1000)})["bytes"]
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", size // 8)
     assert write_tensors(path, {"a": torch.zeros(1000)})["bytes"] == size
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"shape": [12, 2], "data_offsets": [0, 256]},  # smaller than what is said of its place
+        {"shape": [32, 2], "data_offsets": [4, 260]},
+        {"shape": [32, 2], "data_offsets": [0, 128]},
+    ],
+)
+def test_a_header_that_does_not_agree_with_itself_is_refused(tmp_path, said):
+    """What follows would be read from another place."""
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.rand(32, 2), "b": torch.rand(3)})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["a"].update(said)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(UserError, match="is no safetensors file, or its start is damaged"):
+        stretches(path)
+
+
+@pytest.mark.parametrize(("change", "what"), [(b"", "truncated"), (b"more than" * 50, "damaged")])
+def test_a_file_of_another_length_is_refused(tmp_path, change, what):
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.rand(32, 2)})
+    path.write_bytes(path.read_bytes()[:-1] + change)
+    with pytest.raises(UserError, match=f"should be: it is {what}"):
+        stretches(path)
 
 
 def test_a_disk_without_direct_writes_is_said_once(tmp_path, monkeypatch, caplog):
