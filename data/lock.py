@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 import psutil
 
@@ -20,6 +20,8 @@ from model.errors import UserError
 
 LOCK = ".lock"
 PAUSE_SECONDS = 0.2
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What the kernel says where a file system has no locks, such as Lustre when it is mounted without `flock`."""
 PATIENCE = "STRETTO_PATIENCE"
 """The environment variable that says how many seconds a training waits for the lock of its stage, set where it is
 started again: a file server gives a lost host's lock back only some time after its end."""
@@ -61,12 +63,16 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Holds the lock of `folder`, which says who does.
 
     Raises UserError that names the holder where there still is one after `patience` seconds, and where the folder
-    cannot be written.
+    cannot be written or its disk has no locks.
     """
     with _opened(folder) as file:
         # A process forked from this one, such as a loader of data, would hold the lock too, and outlive this one.
         os.register_at_fork(after_in_child=file.close)
         deadline = time.monotonic() + patience
+        if not can_lock(file):
+            raise UserError(
+                f"the disk of {folder} has no file locks: have it mounted with flock, or choose another folder with -o."
+            )
         while not _taken(file):
             if time.monotonic() >= deadline:
                 file.seek(0)
@@ -81,7 +87,18 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
             file.truncate(0)
 
 
-def _taken(file: TextIO) -> bool:
+def can_lock(file: IO[Any]) -> bool:
+    """Whether the disk of an open file has locks at all. One that nobody else holds is then held."""
+    try:
+        _taken(file)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _taken(file: IO[Any]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data.lock import can_lock
+
 CODE = Path(__file__).parent.parent
 """Where our packages lie."""
 OUR_PACKAGES = ("model", "data", "trainer", "launcher", "ds_configs")
@@ -75,6 +77,8 @@ def describe_folder(folder: Path, marker: str) -> dict[str, Any]:
             file.write(b"stretto")
             file.flush()
             os.fsync(file.fileno())
+            if not can_lock(file):
+                refused = "its disk must be mounted with file locks (flock)"
     except OSError as error:
         refused = error.strerror or str(error)
     free = shutil.disk_usage(folder).free

@@ -16,6 +16,8 @@ from model.errors import UserError
 
 LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots\s*=\s*(?P<slots>\d+)")
 """As DeepSpeed reads it."""
+MOST_SLOTS = 1024
+"""More than any host has: a slip of the pen, with which shares would be looked for without end."""
 LOCALHOST = "localhost"
 SSH = "STRETTO_SSH"
 """The environment variable that names another ssh, with its options."""
@@ -75,10 +77,20 @@ def read_hostfile(path: Path) -> list[Host]:
             problems.append(f"{path}, line {number}: {text!r} is not such as `node1 slots=8`.")
         elif match["name"].startswith("-"):
             problems.append(f"{path}, line {number}: {match['name']!r} is not the name of a host.")
+        elif set(match["name"]) & set("@:"):
+            problems.append(
+                f"{path}, line {number}: {match['name']!r} holds @ or :, where deepspeed takes a name to end. Write a "
+                "plain name, and put its user and address (User, HostName) into ~/.ssh/config."
+            )
         elif match["name"] in (host.name for host in hosts):
             problems.append(f"{path}, line {number}: {match['name']} is named twice.")
         elif int(match["slots"]) == 0:
             problems.append(f"{path}, line {number}: {match['name']} has no slots: leave the line out.")
+        elif int(match["slots"]) > MOST_SLOTS:
+            problems.append(
+                f"{path}, line {number}: {match['name']} has {match['slots']} slots, more than {MOST_SLOTS}: write how "
+                "many GPUs it has, or processes where it has none."
+            )
         else:
             hosts.append(Host(match["name"], int(match["slots"])))
     if not hosts and not problems:
@@ -110,7 +122,11 @@ def module_on(name: str, module: str, *arguments: str) -> list[str]:
 
 def ssh() -> list[str]:
     """Raises UserError where there is none."""
-    command = shlex.split(os.environ.get(SSH, "ssh"))
+    named = os.environ.get(SSH, "ssh")
+    try:
+        command = shlex.split(named)
+    except ValueError as error:
+        raise UserError(f"{SSH} is {named!r}, which is no command: {str(error).lower()}.") from None
     if not command or shutil.which(command[0]) is None:
         raise UserError(f"{' '.join(command) or 'ssh'} is not installed: other hosts are reached by it ({SSH}).")
     return command

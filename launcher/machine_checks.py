@@ -20,6 +20,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from data.lock import can_lock
 from launcher.processes import gpus as visible_gpus
 from launcher.units import size
 from model.errors import UserError
@@ -145,6 +146,9 @@ def disk(folder: Path) -> Result:
             file.write(b"stretto")
             file.flush()
             os.fsync(file.fileno())
+            if not can_lock(file):
+                remedy = "Have it mounted with flock, or name another folder."
+                return "problem", f"the disk of {place} has no file locks", remedy
     except OSError as error:
         return "problem", f"{place} cannot be written: {error.strerror}", "Name another folder."
     if shutil.disk_usage(place).free < LEAST_DISK:

@@ -165,7 +165,7 @@ class Attempt:
 
     def _fail(self, message: str, code: int) -> int:
         print(f"{self.stage.name} failed: {message}", file=sys.stderr, flush=True)
-        self.attempts.say(state="failed", error=message)
+        self.attempts.say(state="failed", error=message, code=code)  # that of the ranks may be 0 or SAVED
         return code
 
     def _requeue(self, words: str, failures: int) -> int:

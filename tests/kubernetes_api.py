@@ -41,6 +41,8 @@ class Cluster:
                 self.add(
                     "customresourcedefinitions", f"{plural}.{group}", spec={"group": group, "names": {"kind": kind}}
                 )
+        self.hidden: set[str] = set()
+        """Kinds that this user may not list."""
         self.deleted: list[tuple[str, str, dict[str, Any]]] = []
         """Kind, name and options of each deletion."""
         handler = type("Handler", (_Handler,), {"cluster": self})
@@ -113,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NotFound", "the server could not find the requested resource")
         elif match["name"]:
             self._one(match["kind"], match["name"])
+        elif match["kind"] in self.cluster.hidden:
+            self._refuse(403, "Forbidden", f"{match['kind']} is forbidden: you cannot list them")
         else:
             selector = parse_qs(url.query).get("labelSelector", [""])[0]
             items = [

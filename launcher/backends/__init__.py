@@ -63,8 +63,9 @@ class BatchBackend(Backend, Protocol):
 
     def submit_all(self, jobs: Sequence[Job], submitted: Callable[[str, str], None]) -> str | None:
         """Gives the cluster `jobs`, in the order of their stages; each waits for those of them that make what it needs,
-        and for the jobs that live already and that it names. `submitted` hears of each stage and its handle. Returns
-        what is left for the user to do, if anything."""
+        and for the jobs that live already and that it names. `submitted` hears of each stage and its handle: before
+        the cluster is given it, where the handle is known by then. Returns what is left for the user to do, if
+        anything."""
 
     def dry_run(self, jobs: Sequence[Job]) -> str:
         """What `submit_all` would give the cluster."""

@@ -30,6 +30,7 @@ from launcher.kubernetes_config import KubernetesConfig
 from launcher.placement import Places, Share, shares
 from launcher.recipe import Recipe
 from launcher.restarts import Ended
+from launcher.run_folder import STATE
 from launcher.stage import Stage
 from model.errors import UserError
 from trainer.exit_codes import FAULT, SAVED
@@ -55,7 +56,7 @@ class Kubernetes:
         self._config = config
 
     def listed(self) -> dict[str, str]:
-        return {}  # `check` refuses to submit while anything of an earlier submission lives
+        return {}  # the names of all are noted before the cluster is given them
 
     def shares(self, recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Share]:
         """How many ranks each stage has, on how many nodes; which nodes the cluster says. Raises UserError for what is
@@ -73,7 +74,7 @@ class Kubernetes:
         self._check_config()
         if not self.reachable:
             return
-        problems = [*self._lacking(), *self._unfinished(jobs[0].recipe)]
+        problems = self._lacking() or self._unfinished(jobs[0].recipe)
         if not problems:
             name = self._next_name(jobs[0].recipe)
             sets = [jobset(job, jobset_name(name, job.stage.name), self._config) for job in jobs]
@@ -104,11 +105,10 @@ class Kubernetes:
         text = dump(workflow(jobs, name, self._config))
         manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_text(text, encoding="utf-8")
-        if self.reachable:
-            self._ask("apply", "-f", str(manifest))
-        for job in jobs:
+        for job in jobs:  # before the answer, which may be lost; `poll` says of one that was refused that it has ended
             submitted(job.stage.name, jobset_name(name, job.stage.name))
         if self.reachable:
+            self._ask("apply", "-f", str(manifest))
             return None
         command = shlex.join([*self._kubectl(), "apply", "-f", str(manifest)])
         return f"There is no kubectl here. Where there is one, this gives the run to the cluster: {command}"
@@ -178,11 +178,13 @@ class Kubernetes:
         return problems + self._missing(known)
 
     def _unfinished(self, recipe: Recipe) -> list[str]:
-        """What the last submission of this run still works on: two must not make the same."""
+        """What the last submission of this run still works on, or why that is not known: two must not make the same."""
         name = workflow_name(recipe.name, self._run, self._submissions())
         found = self._try("get", ",".join(ENGINES), "-l", f"app.kubernetes.io/instance={name}", "-o", "json")
-        if found.returncode or not any(map(_lives, json.loads(found.stdout)["items"])):
-            return []  # what is wrong with the cluster has been said
+        if found.returncode:
+            return _errors(found)
+        if not any(map(_lives, json.loads(found.stdout)["items"])):
+            return []
         return [
             f"{name}, which an earlier command gave to the cluster, still runs: wait until it has ended, or "
             f"`stretto stop {self._run}` lets it save and end."
@@ -248,7 +250,11 @@ class Kubernetes:
                 check=False,
             )
         except FileNotFoundError:
-            raise UserError("kubectl is not installed here: it is what the cluster is asked by.") from None
+            raise UserError(
+                "kubectl is not installed here, by which the cluster is asked whether an earlier submission has ended: "
+                f"give the command where there is one. Where its workflow has ended or is deleted, remove "
+                f"{self._run / STATE}: what is finished is kept."
+            ) from None
         except subprocess.TimeoutExpired:
             raise UserError(f"the cluster has not answered for {KUBECTL_SECONDS} s: try again.") from None
 

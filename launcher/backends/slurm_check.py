@@ -83,23 +83,25 @@ def _listed(names: Mapping[str, object]) -> str:
 
 
 def _allowed(key: str, value: str | None, chosen: list[dict[str, str]], field: str) -> Iterator[str]:
-    """`value` must be allowed in one of the partitions, where they say which are."""
+    """`value` must be allowed in one of the partitions, where they say which are. What is the user's default must be
+    written too: sbatch takes a job without it where the cluster has no defaults, and it then waits for ever."""
     if any(part.get(field, "") in ANY for part in chosen):
         return
     allowed = sorted({name for part in chosen for name in part[field].split(",")})
     if value not in allowed:
         where = " and ".join(part["PartitionName"] for part in chosen)
-        now = f"{value!r} is not one of" if value else "is not set, and must be one of"
-        yield f"{key} {now} those that partition {where} is for: {', '.join(allowed)}."
+        now = f"{value!r} is not" if value else "is not set: also where it is your default, name"
+        yield f"{key} {now} one of those that partition {where} is for: {', '.join(allowed)}."
 
 
 def _time(config: SlurmJobConfig, key: Key, chosen: list[dict[str, str]]) -> Iterator[str]:
-    limits = [part.get("MaxTime", "UNLIMITED") for part in chosen]
-    if config.time is None or "UNLIMITED" in limits:
+    if config.time is None:
         return
-    longest = max(limits, key=minutes)
-    if minutes(config.time) > minutes(longest):
-        yield f"{key('time')} is {config.time}: partition {_names(chosen)} allows {longest} at most."
+    limits = [part.get("MaxTime", "UNLIMITED") for part in chosen]
+    if "UNLIMITED" not in limits:
+        longest = max(limits, key=minutes)
+        if minutes(config.time) > minutes(longest):
+            yield f"{key('time')} is {config.time}: partition {_names(chosen)} allows {longest} at most."
     if config.signal_seconds >= 60 * minutes(config.time):
         seconds = f"{key('signal_seconds')} {config.signal_seconds}"
         yield f"{seconds} is not within {key('time')}, {config.time}: lower it."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -44,6 +46,16 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path):
     (tmp_path / LOCK).write_text('{"host": "elsewhere", "pid": 7, "since": 0}')
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=rf"the disk of {tmp_path} has no file locks: .* with -o\.$"):
+        locked(tmp_path).__enter__()
 
 
 def test_a_lock_can_be_waited_for(tmp_path):

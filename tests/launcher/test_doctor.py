@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -20,6 +22,7 @@ from rich.console import Console
 
 from launcher import machine_checks as checks
 from launcher.doctor import Finding, examine, print_findings
+from launcher.host_report import describe_folder
 from model.errors import UserError
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -136,6 +139,15 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(checks.tempfile, "TemporaryFile", refuse)
     expect(checks.disk(tmp_path / "a" / "b"), "problem", f"{tmp_path} cannot be written: Permission denied", "another")
+
+
+def test_a_disk_without_file_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    expect(checks.disk(tmp_path), "problem", f"the disk of {tmp_path} has no file locks", "mounted with flock")
+    assert "file locks (flock)" in describe_folder(tmp_path, "")["refused"]
 
 
 def test_a_name_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ def hostfile(folder: Path, text: str) -> Path:
 
 
 def test_hosts_and_their_slots(tmp_path: Path) -> None:
-    text = "# our cluster\n\nnode1 slots=8\n  user@10.0.0.2   slots = 4  # the old one\n"
-    assert read_hostfile(hostfile(tmp_path, text)) == [Host("node1", 8), Host("user@10.0.0.2", 4)]
+    text = "# our cluster\n\nnode1 slots=8\n  10.0.0.2   slots = 4  # the old one\n"
+    assert read_hostfile(hostfile(tmp_path, text)) == [Host("node1", 8), Host("10.0.0.2", 4)]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,9 @@ def test_hosts_and_their_slots(tmp_path: Path) -> None:
         ("node1 slots=many\n", "line 1"),
         ("node1 slots=0\n", "has no slots"),
         ("node1 slots=8\nnode2 slots=8\nnode1 slots=8\n", "line 3: node1 is named twice"),
+        ("node1 slots=20000\n", "has 20000 slots, more than 1024"),
+        ("user@10.0.0.2 slots=8\n", "'user@10.0.0.2' holds @ or :"),
+        ("fe80::1 slots=8\n", "(User, HostName) into ~/.ssh/config"),
         ("-oProxyCommand=evil slots=8\n", "is not such as"),
         ("-F/dev/null slots=8\n", "is not the name of a host"),
         ("localhost slots=8\nnode2 slots=8\n", f"cannot reach localhost; write {socket.gethostname()} instead"),
@@ -80,6 +83,12 @@ def test_this_machine_needs_no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("localhost", socket.gethostname()):
         assert module_on(name, "launcher.guard", "--x") == [sys.executable, "-m", "launcher.guard", "--x"]
     with pytest.raises(UserError, match=r"no-such-ssh is not installed.*STRETTO_SSH"):
+        module_on("node1", "launcher.guard")
+
+
+def test_an_ssh_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRETTO_SSH", "ssh 'x")
+    with pytest.raises(UserError, match=r"STRETTO_SSH is .*ssh 'x.*no closing quotation"):
         module_on("node1", "launcher.guard")
 
 

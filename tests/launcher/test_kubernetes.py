@@ -13,7 +13,7 @@ from kubernetes_jobs import config, share
 from launcher.backends import Job
 from launcher.backends.kubernetes import Kubernetes
 from launcher.backends.others import check_others
-from launcher.batch import jobs_for
+from launcher.batch import jobs_for, living
 from launcher.graph import stage_named
 from launcher.job_record import record_job
 from launcher.recipe import load_recipe
@@ -85,6 +85,13 @@ def test_a_run_that_still_works_is_not_given_to_the_cluster_again(cluster, backe
     assert not set(second.values()) & set(first.values())
 
 
+def test_a_run_is_not_given_to_a_cluster_that_does_not_say_whether_it_still_works(cluster, backend, tmp_path):
+    cluster.hidden.add("jobsets")
+    with pytest.raises(UserError, match=r"the cluster says: .*\(Forbidden\): .*you cannot list them"):
+        submit(backend, tmp_path)
+    assert not workflows(cluster)
+
+
 def test_all_that_the_cluster_lacks_is_said_at_once_and_nothing_is_given_to_it(cluster, tmp_path):
     del cluster.kinds["argoproj.io/v1alpha1"]
     wanted = kubernetes(tmp_path, secrets=["hub"], service_account="trainer", queue="team", priority_class="high")
@@ -134,6 +141,20 @@ def test_without_kubectl_the_manifest_is_left_with_the_command(backend, tmp_path
     assert yaml.safe_load(manifest.read_text())["kind"] == "Workflow"
     with pytest.raises(UserError, match="kubectl is not installed here"):
         backend.poll(handles["corpus"])
+
+
+def test_without_kubectl_a_run_whose_workflow_is_gone_can_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run, recipe = tmp_path / "run", load_recipe("quickstart", [f"kubernetes.{key}" for key in KEYS])
+    with RunFolder.opened(run, recipe) as folder:
+        folder.adopt(recipe)
+        folder.record("corpus", backend="kubernetes", job="quickstart-1-corpus", state="waiting")
+        with pytest.raises(UserError, match=rf"where there is one\. .*deleted, remove {run}/state\.json"):
+            living(folder, Kubernetes(run, recipe.kubernetes))
+    (run / "state.json").unlink()
+    with RunFolder.opened(run, recipe) as folder:
+        assert living(folder, Kubernetes(run, recipe.kubernetes)) == {}
+        check_others(folder, recipe, DIRECT)
 
 
 def test_a_stage_is_watched_from_waiting_to_its_end(cluster, backend, tmp_path):
@@ -188,6 +209,46 @@ def test_what_the_cluster_starts_again_can_be_stopped_and_keeps_others_out(clust
     assert ("jobsets", handle) in [(kind, name) for kind, name, _ in cluster.deleted]
     with RunFolder.opened(run, recipe) as folder:
         check_others(folder, recipe, DIRECT)
+
+
+def test_what_the_cluster_took_without_an_answer_can_be_stopped_and_keeps_others_out(
+    cluster, backend, tmp_path, monkeypatch
+):
+    run, recipe, ask = (
+        tmp_path / "run",
+        load_recipe("quickstart", [f"kubernetes.{key}" for key in KEYS]),
+        Kubernetes._ask,
+    )
+
+    def lose_answer(asked, *arguments):
+        answer = ask(asked, *arguments)
+        if arguments[0] == "apply":
+            raise UserError("the cluster has not answered")
+        return answer
+
+    monkeypatch.setattr(Kubernetes, "_ask", lose_answer)
+    with RunFolder.opened(run, recipe) as folder:
+        folder.adopt(recipe)
+        folder.record("corpus", backend="kubernetes", state="waiting")
+        jobs = jobs_for(recipe, run, [stage_named("corpus")], backend, {})
+        with pytest.raises(UserError, match="has not answered"):
+            backend.submit_all(jobs, lambda name, handle: folder.record(name, job=handle))
+        with pytest.raises(UserError, match="corpus still runs or waits"):
+            check_others(folder, recipe, DIRECT)
+    stop(run, say=lambda _: None)
+    assert not workflows(cluster)
+    with RunFolder.opened(run, recipe) as folder:
+        check_others(folder, recipe, DIRECT)
+
+
+def test_what_the_cluster_refused_has_ended(cluster, backend, tmp_path):
+    elsewhere, handles = kubernetes(tmp_path, namespace="other"), {}
+    with pytest.raises(UserError, match='namespaces "other" not found'):
+        elsewhere.submit_all(
+            jobs_for(load_recipe("quickstart"), tmp_path / "run", STAGES, elsewhere, {}), handles.__setitem__
+        )
+    assert set(handles) == {stage.name for stage in STAGES}
+    assert backend.poll(handles["coarse"]) == Ended(SAVED)
 
 
 def test_a_stage_is_let_save_or_ended_at_once_and_one_that_waits_does_not_begin(cluster, backend, tmp_path):

@@ -20,6 +20,7 @@ from slurm_cluster import missing, slurm_cluster
 from launcher import batch
 from launcher.backends import Job
 from launcher.backends.slurm import Slurm
+from launcher.backends.slurm_check import problems
 from launcher.backends.slurm_commands import tasks_per_node
 from launcher.batch import jobs_for
 from launcher.graph import stage_named
@@ -151,7 +152,7 @@ def refused(cluster, tmp_path, *overrides):
 
 WRONG = {
     "slurm.partition=man": ["no partition 'man'", "main"],
-    "slurm.partition=single": ["slurm.account", "lab"],
+    "slurm.partition=single": ["slurm.account is not set: also where it is your default", "lab"],
     "slurm.time=2h": ["slurm.time", "1:00:00"],
     "slurm.nodes=3 slurm.tasks_per_node=1 placement.coarse=3 stage_defaults.train.global_batch=48": ["3 nodes"],
     "slurm.gpus_per_node=4 placement.coarse=4": ["4 GPUs", "have 2"],
@@ -264,6 +265,18 @@ def test_jobs_that_have_ended_or_are_another_runs_are_not_taken_over(tmp_path, m
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert Slurm(run, load_recipe("quickstart").slurm).listed() == {"fine": "9", "bundle": "13"}
+
+
+@pytest.mark.parametrize("limit", ["UNLIMITED", "1-00:00:00"])
+def test_ranks_are_told_to_save_within_the_time_that_a_job_has(tmp_path, monkeypatch, limit):
+    partition = f"PartitionName=main Default=YES State=UP MaxTime={limit}"
+    for name, said in {"scontrol": partition, "sinfo": "4|8|8000|(null)"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    recipe = load_recipe("quickstart", ["slurm.time=5m", "slurm.signal_seconds=300"])
+    said = problems(recipe.slurm, Slurm(tmp_path, recipe.slurm).shares(recipe, STAGES))
+    assert said == ["slurm.signal_seconds 300 is not within slurm.time, 5m: lower it."]
 
 
 def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
