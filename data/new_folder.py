@@ -26,6 +26,7 @@ def making(folder: Path) -> Iterator[None]:
     they would write to the same files."""
     require_new(folder)
     place = folder.with_name(f".{folder.name}.lock")
+    begun = [parent for parent in place.parents if not parent.exists()]
     place.mkdir(parents=True, exist_ok=True)
     with locked(place):
         try:
@@ -33,3 +34,6 @@ def making(folder: Path) -> Iterator[None]:
             yield
         finally:
             shutil.rmtree(place, ignore_errors=True)  # on NFS the lock itself stays until it is closed
+            with contextlib.suppress(OSError):  # of the first that is not empty
+                for parent in begun:
+                    parent.rmdir()
