@@ -224,11 +224,23 @@ def _table(
 
 def wait_for(run: Path, backend: BatchBackend, handles: Mapping[str, str], console: Console) -> int:
     """Waits for jobs to end, and says of each how. Returns 0, 1 when a stage failed, 2 when only by what the user can
-    put right, 130 when some were merely stopped."""
+    put right, 130 when some were merely stopped. Raises UserError where the cluster has not answered for too long."""
     codes: dict[str, int] = {}
+    silent: float | None = None
     while left := [name for name in handles if name not in codes]:
         for name in left:
-            if (ended := backend.poll(handles[name])) is not None:
+            try:
+                ended = backend.poll(handles[name])
+            except UserError as silence:  # its controller may be about to start again
+                now = time.monotonic()
+                if silent is None:
+                    silent = now
+                    console.print(f"{silence}\nIt is asked again; the jobs go on.", markup=False, soft_wrap=True)
+                elif now - silent > SILENCE_SECONDS:
+                    raise
+                break
+            silent = None
+            if ended is not None:
                 codes[name] = ended.code
                 error = read_state(run)["stages"][name].get("error")
                 said = "done" if ended.code == 0 else f"not done{f': {error}' if error else ''}"

@@ -306,7 +306,11 @@ def _submit(recipe: Any, path: Path, kind: str, only: list[str], dry_run: bool, 
 
     with plain_errors(path):
         backend = batch_backend(kind, path.absolute(), recipe)
-        code = batch.run(recipe, path, backend, only, dry_run, wait, Console())
+        try:
+            code = batch.run(recipe, path, backend, only, dry_run, wait, Console())
+        except KeyboardInterrupt:
+            print(f"Interrupted. What was submitted goes on: `stretto stop {path}` ends it.", file=sys.stderr)
+            code = INTERRUPTED
     if code:
         raise typer.Exit(code)
 

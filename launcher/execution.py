@@ -156,18 +156,21 @@ class Execution:
             self.tries[stage.name].attempts = entry.get("attempt", 1)
             self.display.begin(stage.name, "before, and taken over")
 
+    def _begun(self) -> bool:
+        """Whether anything that has begun pauses, or saves in order to grow: until it goes on its room is not for
+        others."""
+        pauses = any(self.tries[stage.name].attempts for stage in self.waiting)
+        return pauses or any(job.growing for job in self.running)
+
     def _start_ready(self) -> None:
         unfinished = {stage.name for stage in self.waiting} | {job.stage.name for job in self.running}
-        # What has begun comes first: its room is not for others while it pauses, or saves in order to grow.
-        begun = any(self.tries[stage.name].attempts for stage in self.waiting) or any(
-            job.growing for job in self.running
-        )
+        begun = self._begun()
         for stage in list(self.waiting):
             tries = self.tries[stage.name]
             held = time.monotonic() < tries.not_before if tries.attempts else begun or self.code
             if self.stops or held or unfinished & set(stage.needs):
                 continue
-            share = self.room.take(stage)
+            share = self.room.take(stage, begun=tries.attempts > 0)
             if share is not None:
                 self.waiting.remove(stage)
                 self.stuck = False
@@ -279,11 +282,12 @@ class Execution:
             self.display.say(f"Waiting for {others} to end; nothing new is started.")
 
     def _look_for_hosts(self) -> None:
-        """Hosts that are back take part again: what runs on fewer than it asked for saves, and goes on with more."""
+        """Hosts that are back take part again: what runs on fewer than it asked for saves, and goes on with more; one
+        after the other, since two could count on the same room."""
         for host in self.room.returned():
             self.display.say(f"[green]{host}[/] is back.")
         for job in self.running:
-            if job.stage.trained and not job.growing and self.room.could_grow(job.stage, job.share):
+            if job.stage.trained and not self._begun() and self.room.could_grow(job.stage, job.share):
                 job.growing = True
                 self.display.say(f"{job.stage.name}: is saving, to go on with more than {count(job.share)} ranks")
                 self.backend.cancel(job.handle)
@@ -293,9 +297,9 @@ class Execution:
         self.display.say("Stopping: what trains is saving its state. Press Ctrl-C again not to wait.")
         for job in self.running:
             self.backend.cancel(job.handle)
-        deadline, asked, ended = time.monotonic() + STOP_SECONDS, self.stops, False
+        deadline, ended = time.monotonic() + STOP_SECONDS, False
         while self.running:
-            if not ended and (time.monotonic() > deadline or self.stops > asked):
+            if not ended and (time.monotonic() > deadline or self.stops > 1):
                 ended = True
                 for job in self.running:
                     self.backend.cancel(job.handle, now=True)

@@ -42,8 +42,8 @@ class Look:
 class Room(Protocol):
     """Who may use what."""
 
-    def take(self, stage: Stage) -> Share | None:
-        """A share for a stage that is ready; None while there is no room."""
+    def take(self, stage: Stage, begun: bool = False) -> Share | None:
+        """A share for a stage that is ready, or has `begun` and is to go on; None while there is no room."""
 
     def again(self, hosts: str) -> Share:
         """Takes the share, in words, of a stage that runs already."""
@@ -75,7 +75,7 @@ class LocalRoom:
         self._machine = Machine.here()
         self._taken: dict[int, Share] = {}
 
-    def take(self, stage: Stage) -> Share | None:
+    def take(self, stage: Stage, begun: bool = False) -> Share | None:
         parallel = self._recipe.parallel
         free = set(range(parallel)) - set(self._taken)
         if not free:
@@ -144,10 +144,11 @@ class HostRoom:
         self._looks: dict[str, Look] = {}
         self._refused: set[str] = set()
 
-    def take(self, stage: Stage) -> Share | None:
-        """While a host is lost a stage takes what there is: waiting for the rest could take days."""
+    def take(self, stage: Stage, begun: bool = False) -> Share | None:
+        """While a host is lost a stage takes what there is: waiting for the rest could take days. So does one that has
+        begun, also later: what others took meanwhile may lie where its full share would."""
         possible = counts(self._recipe, stage, self._wanted[stage.name])
-        return self._places.take(possible if self._places.lost else possible[:1])
+        return self._places.take(possible if begun or self._places.lost else possible[:1])
 
     def again(self, hosts: str) -> Share:
         share = parse_share(hosts, self._hosts)

@@ -98,6 +98,18 @@ def test_a_dry_run_says_what_it_would_build_and_makes_nothing(stretto, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
+def test_an_interrupt_does_not_pass_off_submitted_jobs_as_stopped(stretto, tmp_path, monkeypatch, cluster):
+    def interrupted(*_) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.batch.run", interrupted)
+    code, _, err = stretto("run", "quickstart", "-o", str(tmp_path / "run"), f"--{cluster}", "--wait")
+    assert code == 130
+    assert f"What was submitted goes on: `stretto stop {tmp_path / 'run'}` ends it." in err
+    assert "Stopped" not in err
+
+
 def test_imported_quantizers_say_how_a_recipe_uses_them(stretto, tmp_path):
     """The words printed are overrides, and a plan made with them has the imported codes."""
     save_file({f"layers.{level}._codebook.embed": 0.5**level * torch.randn(1, 32, 128) for level in range(4)},

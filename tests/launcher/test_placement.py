@@ -99,6 +99,24 @@ def test_without_a_lost_host_a_stage_takes_what_there_is_and_grows_when_it_is_ba
     assert not room.could_grow(STAGE["fine"], smaller)
 
 
+def test_a_stage_that_saves_to_grow_goes_on_with_what_there_is(tmp_path):
+    """Its full share no longer fits: another, started again while a host was lost, lies across it."""
+    hosts = [Host(name, 8) for name in ("alpha", "beta", "gamma")]
+    room = HostRoom(recipe(), hosts, {"semantic": 12, "coarse": 6, "fine": 6}, tmp_path)
+    shares = [room.take(STAGE[name]) for name in ("semantic", "coarse", "fine")]
+    room.lose("beta")
+    room.release(shares[0])
+    room.release(shares[2])
+    assert in_words(room.take(STAGE["fine"], begun=True)) == "alpha:0-5"
+    smaller = room.take(STAGE["semantic"], begun=True)
+    assert in_words(smaller) == "alpha:6-7 gamma:6-7"
+    room._places.lost.clear()  # as `returned` does when the host answers
+    assert room.could_grow(STAGE["semantic"], smaller)
+    room.release(smaller)
+    assert room.take(STAGE["semantic"]) is None
+    assert in_words(room.take(STAGE["semantic"], begun=True)) == "beta:0-7"
+
+
 def test_what_is_taken_over_keeps_its_gpus_to_itself(monkeypatch):
     monkeypatch.setattr("launcher.room.Machine.here", lambda: Machine(8, ("0", "1", "2", "3")))
     two = recipe("parallel=2", "stage_defaults.train.ranks=2")

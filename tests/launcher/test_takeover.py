@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_runs import FAKE, alive, build, finish, of_run, start, tell, wait_for
+from helpers import ROOT
 
 from data.lock import holder
 from launcher.stopping import stop
@@ -138,6 +139,26 @@ def test_it_can_be_stopped_from_elsewhere(run, now):
     assert json.loads((run / "state.json").read_text())["stages"]["c"]["state"] == "interrupted"
     stop(run, say=said.append)
     assert "nothing is running" in said[-1]
+
+
+def test_what_a_launcher_that_is_told_to_stop_had_not_taken_over_is_stopped_too(run):
+    tell(run, "c", "sleep")
+    child, process = run.with_name("child"), start(run)
+    wait_for(lambda: child.exists() and child.read_text())
+    process.kill()
+    process.communicate()
+    # A later one that still looks at the hosts.
+    checks = "import sys, time; from pathlib import Path; from data.lock import locked\n"
+    checks += "with locked(Path(sys.argv[1])): time.sleep(60)"
+    later = subprocess.Popen([sys.executable, "-c", checks, str(run)], cwd=ROOT)
+    wait_for(lambda: holder(run) and holder(run).pid == later.pid)
+    said = []
+    stop(run, say=said.append)
+    assert later.wait(1) == -signal.SIGTERM
+    assert len(said) == 3
+    assert f"process {later.pid} is told to save and end." in said[0]
+    assert "stopped. The same command goes on" in said[-1]
+    assert not of_run(run)
 
 
 def test_what_runs_on_another_machine_is_not_stopped_here(run):
