@@ -14,10 +14,10 @@ from model.errors import UserError
 
 def require_new(folder: Path) -> None:
     """Raises UserError where something is there already that is more than an empty folder, or it is no name."""
-    if folder.name in ("", ".."):
-        raise UserError(f"{folder} is no name for a new folder: say what it is to be called.")
     if artifact.occupied(folder):
         raise UserError(f"{folder} is there already: name a new folder, so that nothing is overwritten.")
+    if folder.name in ("", ".."):
+        raise UserError(f"{folder} is no name for a new folder: say what it is to be called.")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,8 @@ def test_what_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
     for _ in range(2):
         with (
             pytest.raises(ZeroDivisionError),
-            making(tmp_path / "out"),
-            artifact.create(tmp_path / "out", "small", "f"),
+            making(tmp_path / "a/b/out"),
+            artifact.create(tmp_path / "a/b/out", "small", "f"),
         ):
             raise ZeroDivisionError
         assert not any(tmp_path.iterdir())
@@ -52,8 +53,7 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
     assert artifact.read(tmp_path / "out").kind == "small"
 
 
-@pytest.mark.parametrize("name", ["..", "/"])
-def test_what_is_no_name_is_refused(tmp_path, monkeypatch, name):
+def test_an_empty_folder_that_is_worked_in_needs_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no name for a new folder"), making(tmp_path.__class__(name)):
+    with pytest.raises(UserError, match="no name for a new folder"), making(Path()):
         pass
