@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +34,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command. What a user can put right is a plain line and exit code 2; an interrupt is 130."""
+    atexit.register(_ignore_signals)
     try:
         with plain_errors():
             app(prog_name="stretto")
@@ -42,6 +45,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _ignore_signals() -> None:
+    """While Python clears up, a signal that comes late would change the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _show_version(wanted: bool) -> None:
