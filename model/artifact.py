@@ -24,6 +24,8 @@ is where the manifest of an older one is brought up to date then. tests/golden/ 
 MANIFEST = "manifest.json"
 DIGEST = "digest"
 """In a manifest: of all else that it says."""
+FIRST_KEYS = {"kind", "format_version", "fingerprint", "inputs", "info", "files"}
+"""All that manifests of the first versions say."""
 CARD = "README.md"
 """A page for people, who may edit it: no manifest lists it."""
 PARTIAL = ".partial"
@@ -233,7 +235,9 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def unchanged(manifest: dict[str, Any]) -> bool:
     """Whether a manifest is as it was written. Those of the first versions do not tell."""
-    return DIGEST not in manifest or manifest[DIGEST] == _digest(manifest)
+    if DIGEST not in manifest:
+        return manifest.keys() <= FIRST_KEYS  # else that name itself may have changed
+    return manifest[DIGEST] == _digest(manifest)
 
 
 def occupied(path: Path) -> bool:

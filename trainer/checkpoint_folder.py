@@ -40,7 +40,7 @@ def seal(folder: Path, identity: dict[str, str], info: dict[str, Any], files: di
 def genuine(manifest: dict[str, Any]) -> bool:
     """Whether a manifest says what `seal` wrote."""
     said = (manifest.get(key) for key in ("inputs", "info", "files"))
-    return artifact.fingerprint(*said) == manifest.get("fingerprint")
+    return artifact.fingerprint(*said) == manifest.get("fingerprint") and artifact.unchanged(manifest)
 
 
 def read(folder: Path) -> artifact.Artifact:
