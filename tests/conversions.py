@@ -113,3 +113,21 @@ def load_universal(cases):
         assert steps == {3.0}, steps
         engine.destroy()
     torch.distributed.destroy_process_group()
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_bytes(one, other, besides=()):
+    """Whether two folders hold the same files, but for those called `besides`."""
+    found = [
+        {name: value for name, value in contents(folder).items() if name not in besides} for folder in (one, other)
+    ]
+    return found[0] == found[1]
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
